@@ -31,7 +31,8 @@ class Adapter(nn.Module):
     """The low-rank update x -> (alpha / r) B A x of one linear layer.
 
     A starts normal with standard deviation 1 / r and B at zero, so that a fresh adapter changes nothing. The weights
-    are float32 whatever the base is cast to: a step of 1e-6 would be lost on half-precision ones.
+    and their arithmetic are float32 whatever the base is cast to: test-time training moves them by 1e-6 a step, which
+    bfloat16 copies of them would not see.
     """
 
     def __init__(self, linear: nn.Linear, spec: AdapterSpec, dropout: float, generator: torch.Generator | None) -> None:
@@ -44,9 +45,9 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the dtype of x; dropout on x while training."""
-        x = F.dropout(x, self.dropout, self.training)
+        dropped = F.dropout(x.float(), self.dropout, self.training)
         scale = self.spec.alpha / self.spec.rank
-        return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype)) * scale
+        return (F.linear(F.linear(dropped, self.A), self.B) * scale).to(x.dtype)
 
     def delta(self) -> Tensor:
         """The update as a matrix (out, in), float32."""

@@ -27,6 +27,9 @@ class TextEncoder(nn.Module):
                 num_attention_heads=config.num_attention_heads,
                 max_position_embeddings=config.max_position_embeddings,
                 hidden_act=config.hidden_act,
+                # CLIP's vocabulary ends with its start and its end token; only its pooled output asks for them
+                bos_token_id=config.vocab_size - 2,
+                eos_token_id=config.vocab_size - 1,
             )
         )
 

@@ -1,13 +1,60 @@
-"""Every test starts from the same seed and without the network."""
+"""Every test starts from the same seed and without the network; the files of a narrow random base are at hand."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import bases
 import pytest
 import torch
+
+from model.motion import MotionModule
+from weights import Base, load_base
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@dataclass(frozen=True)
+class Files:
+    """A random narrow base on disk, as a diffusers folder, with a MotionAdapter folder of a v3 motion module."""
+
+    folder: Path
+    adapter: Path
+
+    def flags(self) -> dict[str, str]:
+        """What a command is given to use it."""
+        return {"base": str(self.folder), "motion_module": str(self.adapter)}
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory) -> Files:
+    root = tmp_path_factory.mktemp("base")
+    return Files(bases.write_base(root / "sd15"), bases.write_motion_adapter(root / "motion"))
+
+
+@pytest.fixture
+def base(files) -> Base:
+    """The narrow base, with a recipe of few steps on small clips."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = load_base(files.folder, files.adapter)
+    small = {"rank": 4, "num_frames": 3, "height": 32, "width": 32, "sampling_steps": 3, "reference_steps": 2}
+    loaded.recipe = replace(loaded.recipe, **small)
+    return loaded
+
+
+def pool_module_norms(unet) -> None:
+    """Norm motion modules over frames, as diffusers does and AnimateDiff does not."""
+    for module in unet.modules():
+        if isinstance(module, MotionModule):
+            module.pool_norm = True

@@ -1,0 +1,40 @@
+"""The console command: one subcommand for each entry script, no logic of its own."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from model.errors import UserError
+from weights.settings import run_command
+
+COMMANDS = {
+    "run": ("train.run", "all four steps from one file"),
+    "appearance": ("train.appearance", "stage 1: train a LoRA of a subject's looks on a few pictures"),
+    "motion": ("train.motion", "stage 2: train a LoRA of the motion in one video"),
+    "ttt": ("train.ttt", "stage 3: test-time training of both together"),
+    "generate": ("sampling.generate", "generate clips, with any number of LoRAs"),
+    "inspect": ("weights.inspect", "say what a file is"),
+}
+USAGE = "usage: customttt COMMAND [--FLAG VALUE ...]\n\n" + "\n".join(
+    f"  {name:<12}{about}" for name, (_, about) in COMMANDS.items()
+)
+
+
+def command(argv: Sequence[str] | None = None) -> int | None:
+    """Hand the words behind the command's name to its entry script."""
+    name, *rest = (list(sys.argv[1:]) if argv is None else list(argv)) or ["--help"]
+    if name in ("-h", "--help"):
+        print(USAGE + "\n\n`customttt COMMAND --help` lists its flags.")
+        return 0
+    if name not in COMMANDS:
+        raise UserError(f"there is no command {name!r}\n{USAGE}")
+    return importlib.import_module(COMMANDS[name][0]).main(rest)
+
+
+def main() -> None:
+    """`customttt`."""
+    run_command(command)
+
+
+if __name__ == "__main__":
+    main()

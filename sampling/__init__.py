@@ -1,0 +1,25 @@
+"""From noise to clips, and media in and out."""
+
+from sampling.ddim import ddim_sample, ddim_step
+from sampling.guidance import guided
+from sampling.media import check_size, image_files, read_image, read_video
+from sampling.sample import decode, draw_noise, encode, evaluating, generate, sample_latents
+from sampling.write import contact_sheet, write_media
+
+__all__ = [
+    "check_size",
+    "contact_sheet",
+    "ddim_sample",
+    "ddim_step",
+    "decode",
+    "draw_noise",
+    "encode",
+    "evaluating",
+    "generate",
+    "guided",
+    "image_files",
+    "read_image",
+    "read_video",
+    "sample_latents",
+    "write_media",
+]

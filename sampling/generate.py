@@ -1,0 +1,146 @@
+"""Clips from prompts, seeds and LoRAs: `python -m sampling.generate`."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from lora import adapters, remove_adapter
+from model import UserError
+from sampling.sample import generate
+from sampling.write import check_writable, write_media
+from weights import (
+    Base,
+    BaseSettings,
+    load_lora,
+    open_base,
+    parse_settings,
+    run_command,
+    save_settings,
+    split_strength,
+)
+
+
+@dataclass(kw_only=True)
+class GenerateSettings(BaseSettings):
+    """What to generate.
+
+    Args:
+        prompt: one or several prompts: a clip for each of them with each seed.
+        out: .mp4, .gif, or a folder of frames (no suffix); several clips get numbers behind the name.
+        lora: LoRA files or run folders, each with a strength behind a colon if not 1 (runs/teddy:0.8).
+        seed: one or several seeds.
+        negative_prompt: what to keep away from.
+        num_frames: frames of a clip; not given: the base's (16).
+        height: pixels, divisible by 8; not given: the base's (256).
+        width: pixels, divisible by 8; not given: the base's (256).
+        fps: frames a second; not given: the base's (8).
+        steps: DDIM steps; not given: the base's (25).
+        guidance_scale: how strongly the prompt is followed; 1 is not at all beyond it; not given: the base's (9).
+        eta: 0 is deterministic DDIM, 1 has the variance of DDPM.
+        spacing: which diffusion steps are visited.
+        batch_size: clips sampled at once.
+    """
+
+    prompt: list[str]
+    out: str
+    lora: list[str] = field(default_factory=list)
+    seed: list[int] = field(default_factory=lambda: [0])
+    negative_prompt: str = ""
+    num_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    fps: float | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    eta: float = 0.0
+    spacing: Literal["leading", "linspace", "trailing"] = "leading"
+    batch_size: int = 1
+
+
+def generate_files(settings: GenerateSettings, base: Base | None = None) -> list[Path]:
+    """Generate every prompt with every seed and write the clips.
+
+    Args:
+        settings: what, how and where to.
+        base: one that is loaded already; None loads what the settings name.
+
+    Returns:
+        The files written, prompts outermost.
+
+    Raises:
+        UserError: bad settings or files, or sampling that failed; clips written before it are whole.
+    """
+    jobs = clip_files(settings)
+    base = base or open_base(settings)
+    options = {name: getattr(settings, name) for name in ("num_frames", "height", "width", "steps", "guidance_scale")}
+    options |= {name: getattr(settings, name) for name in ("negative_prompt", "eta", "spacing")}
+    with loaded_loras(base, settings.lora):
+        for first in range(0, len(jobs), settings.batch_size):
+            batch = jobs[first : first + settings.batch_size]
+            prompts, seeds, files = zip(*batch, strict=True)
+            label = f"clip {first + 1} to {first + len(batch)} of {len(jobs)}" if len(jobs) > 1 else "sampling"
+            for file, video in zip(files, generate(base, prompts, seeds, progress=label, **options), strict=True):
+                write_media(file, video, fps=settings.fps or base.recipe.fps)
+                print(f"wrote {file}")
+    save_settings(settings_file(settings), settings)
+    return [file for _, _, file in jobs]
+
+
+def clip_files(settings: GenerateSettings) -> list[tuple[str, int, Path]]:
+    """The clips that settings ask for: prompt, seed, and the file it goes to.
+
+    Raises:
+        UserError: nothing to generate, the same seed twice, or a file of a kind that cannot be written.
+    """
+    if not settings.prompt or not settings.seed or settings.batch_size < 1:
+        raise UserError("give at least one prompt and one seed, and a batch size of at least 1")
+    if len(set(settings.seed)) < len(settings.seed) or len(set(settings.prompt)) < len(settings.prompt):
+        raise UserError("a prompt or a seed is given twice: the clips would be the same")
+    out = Path(settings.out)
+    check_writable(settings.out)
+    if len(settings.prompt) * len(settings.seed) == 1:
+        return [(settings.prompt[0], settings.seed[0], out)]
+    return [
+        (prompt, seed, out.with_name(f"{out.stem}-{number}-seed{seed}{out.suffix}"))
+        for number, prompt in enumerate(settings.prompt, start=1)
+        for seed in settings.seed
+    ]
+
+
+def settings_file(settings: GenerateSettings) -> Path:
+    """Where the settings are kept beside the clips: the name of `out` with .json."""
+    out = Path(settings.out)
+    return out.with_name(f"{out.stem}.json")
+
+
+@contextmanager
+def loaded_loras(base: Base, arguments: Sequence[str]) -> Iterator[None]:
+    """Within the block the LoRAs named as in `--lora` are in the network and on; afterwards they are gone.
+
+    Raises:
+        UserError: a file that does not load, see `weights.load_lora`.
+    """
+    scales: dict[str, float] = {}
+    try:
+        for argument in arguments:
+            path, strength = split_strength(argument)
+            scales |= dict.fromkeys(load_lora(base.unet, path, fingerprint=base.fingerprint), strength)
+        with adapters(base.unet, scales):
+            yield
+    finally:
+        for name in scales:
+            remove_adapter(base.unet, name)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`customttt generate`."""
+    settings = parse_settings(
+        GenerateSettings, argv, prog="customttt generate", description="Generate clips, with any number of LoRAs."
+    )
+    generate_files(settings)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,149 @@
+"""From prompts and seeds to latents and frames: what the commands, previews and test-time training sample with."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model import UserError
+from sampling.ddim import ddim_sample
+from sampling.guidance import guided
+from sampling.media import check_size
+from weights import Base, placed
+
+
+@torch.no_grad()
+def sample_latents(
+    base: Base,
+    text: Tensor,
+    negative: Tensor,
+    seeds: Sequence[int],
+    *,
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    eta: float = 0.0,
+    spacing: str = "leading",
+    motion: bool = True,
+    shared_noise: bool = False,
+    only_first: int | None = None,
+    progress: str | None = None,
+) -> Tensor:
+    """Sample the scaled latents of a clip for each embedded prompt, with the adapters that are on.
+
+    Args:
+        base: the network and its companions.
+        text: embeddings of the prompts (b, n, d), see `encode`.
+        negative: embeddings of what guidance keeps away from, (b, n, d).
+        seeds: b of them; a seed gives the same noise on any device and in any batch.
+        num_frames: frames of a clip; None, here and below, is the base's own number.
+        height: pixels, divisible by 8.
+        width: pixels, divisible by 8.
+        steps: DDIM steps.
+        guidance_scale: 1 is no guidance.
+        eta: 0 is deterministic DDIM, 1 has the variance of DDPM.
+        spacing: which steps are visited: "leading", "linspace" or "trailing".
+        motion: False bypasses the motion modules.
+        shared_noise: all frames of a clip start from the same noise.
+        only_first: stop after so many of the steps.
+        progress: label of a progress bar, None for none.
+
+    Returns:
+        (b, 4, f, h / 8, w / 8) float32 on the UNet's device.
+
+    Raises:
+        UserError: sizes, steps or frames out of range, or latents that are not finite.
+    """
+    recipe, unet = base.recipe, base.unet
+    frames = recipe.num_frames if num_frames is None else num_frames
+    height = recipe.height if height is None else height
+    width = recipe.width if width is None else width
+    steps = recipe.sampling_steps if steps is None else steps
+    scale = recipe.guidance_scale if guidance_scale is None else guidance_scale
+    check_size(height, width)
+    if frames < 1:
+        raise UserError(f"num_frames must be at least 1, and is {frames}")
+    shape = (unet.config.in_channels, frames, height // base.vae.config.factor, width // base.vae.config.factor)
+
+    def noise(stream: int) -> Tensor:
+        return torch.cat([draw_noise(seed, shape, stream, shared_noise) for seed in seeds]).to(unet.device)
+
+    with evaluating(unet):
+        return ddim_sample(
+            guided(unet, text, negative, scale, motion=motion),
+            noise(0),
+            base.schedule,
+            steps,
+            spacing=spacing,
+            eta=eta,
+            step_noise=lambda step: noise(step + 1),
+            only_first=only_first,
+            progress=progress,
+        )
+
+
+def generate(
+    base: Base, prompts: Sequence[str], seeds: Sequence[int], negative_prompt: str = "", **options: Any
+) -> Tensor:
+    """Sample one clip for each prompt with the adapters that are on.
+
+    Args:
+        base: the network and its companions.
+        prompts: one a clip.
+        seeds: one a clip.
+        negative_prompt: what guidance keeps away from.
+        options: those of `sample_latents`.
+
+    Returns:
+        Frames (b, f, 3, h, w) float32 in [-1, 1] on the CPU.
+
+    Raises:
+        UserError: as `sample_latents`.
+    """
+    text, negative = encode(base, prompts), encode(base, [negative_prompt] * len(prompts))
+    return decode(base, sample_latents(base, text, negative, seeds, **options))
+
+
+@torch.no_grad()
+def encode(base: Base, prompts: Sequence[str]) -> Tensor:
+    """Embeddings (b, n, d) of the prompts, where and how the UNet wants them."""
+    with placed(base.text, base.unet.device):
+        return base.encode(list(prompts)).to(base.unet.device, base.unet.dtype)
+
+
+@torch.no_grad()
+def decode(base: Base, latents: Tensor) -> Tensor:
+    """Scaled latents (b, 4, f, h, w) -> frames (b, f, 3, 8 * h, 8 * w) float32 in [-1, 1] on the CPU."""
+    with placed(base.vae, base.unet.device):
+        videos = base.vae.decode_latents(latents.to(base.unet.dtype))
+    return videos.transpose(1, 2).float().cpu()
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Within the block dropout is off; afterwards every part is in the mode it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def draw_noise(seed: int, shape: tuple[int, ...], stream: int = 0, shared: bool = False) -> Tensor:
+    """Standard normal noise (1, *shape), float32, drawn on the CPU: the same for a seed everywhere.
+
+    Args:
+        seed: any whole number.
+        shape: (c, f, h, w).
+        stream: 0 is where sampling starts; the others serve the steps of DDIM with eta above 0.
+        shared: all frames get the first one's noise.
+    """
+    generator = torch.Generator().manual_seed(seed * 2**20 + stream)
+    noise = torch.randn(1, *shape, generator=generator)
+    return noise[:, :, :1].expand_as(noise).contiguous() if shared else noise

@@ -1,0 +1,169 @@
+"""Generation against diffusers' AnimateDiffPipeline on the same files, and what a person relies on."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import pool_module_norms
+from diffusers import AnimateDiffPipeline, DDIMScheduler, MotionAdapter
+from oracles import error
+
+from lora import adapter_names, adapter_parameters, adapters, add_adapter, remove_adapter
+from model import UserError
+from sampling import decode, draw_noise, encode, generate, read_video, sample_latents
+from sampling.generate import GenerateSettings, clip_files, generate_files, main
+from weights import save_lora
+
+PROMPT = "a teddy bear is playing guitar on the snow"
+
+
+def filled_lora(base, path, kind="temporal", name="motion", seed=1):
+    """Write a LoRA that visibly changes the output, and leave the network as it was."""
+    add_adapter(base.unet, name, kind, (2,), rank=4)
+    generator = torch.Generator().manual_seed(seed)
+    for p in adapter_parameters(base.unet, name):
+        p.data = 0.3 * torch.randn(p.shape, generator=generator)
+    save_lora(path, base.unet, {name: ("a prompt", "")}, fingerprint=base.fingerprint)
+    with adapters(base.unet, {name: 0.7}):
+        latents = sample_latents(base, encode(base, [PROMPT]), encode(base, [""]), [1])
+    remove_adapter(base.unet, name)
+    return latents
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("guidance_scale", [9.0, 1.0])
+def test_latents_of_a_guided_run_equal_diffusers(base, files, spacing, guidance_scale):
+    pool_module_norms(base.unet)
+    scheduler = DDIMScheduler(
+        beta_schedule="linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        steps_offset=1,
+        timestep_spacing=spacing,
+    )
+    pipeline = AnimateDiffPipeline.from_pretrained(
+        files.folder, motion_adapter=MotionAdapter.from_pretrained(files.adapter), scheduler=scheduler
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(
+        prompt=PROMPT,
+        negative_prompt="red ball",
+        num_frames=4,
+        height=40,
+        width=64,
+        num_inference_steps=5,
+        guidance_scale=guidance_scale,
+        latents=draw_noise(7, (4, 4, 5, 8)),
+        output_type="latent",
+    ).frames
+    ours = sample_latents(
+        base,
+        encode(base, [PROMPT]),
+        encode(base, ["red ball"]),
+        [7],
+        num_frames=4,
+        height=40,
+        width=64,
+        steps=5,
+        guidance_scale=guidance_scale,
+        spacing=spacing,
+    )
+    assert error(ours, expected) < 1e-4
+
+
+def test_frames_equal_diffusers_decoding(base, files):
+    pool_module_norms(base.unet)
+    pipeline = AnimateDiffPipeline.from_pretrained(
+        files.folder, motion_adapter=MotionAdapter.from_pretrained(files.adapter)
+    )
+    latents = torch.randn(1, 4, 3, 4, 4)
+    expected = pipeline.decode_latents(latents)[0].transpose(0, 1).clamp(-1, 1)
+    assert (decode(base, latents)[0] - expected).abs().max() < 1e-4
+
+
+def test_a_seed_gives_the_same_clip_in_any_batch(base):
+    together = generate(base, [PROMPT, "a ball"], [3, 4])
+    alone = generate(base, ["a ball"], [4])
+    assert together.shape == (2, 3, 3, 32, 32)
+    assert (together[1] - alone[0]).abs().max() < 1e-4
+    assert (together[0] - together[1]).abs().max() > 0.05
+
+
+def test_eta_draws_noise_from_the_seed(base):
+    text, negative = encode(base, [PROMPT]), encode(base, [""])
+    runs = [sample_latents(base, text, negative, [seed], eta=1.0) for seed in (1, 1, 2)]
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+    assert not torch.equal(runs[0], sample_latents(base, text, negative, [1]))
+
+
+def test_shared_noise_is_the_first_frames(base):
+    noise = draw_noise(5, (4, 3, 2, 2))
+    shared = draw_noise(5, (4, 3, 2, 2), shared=True)
+    assert torch.equal(shared[:, :, 2], noise[:, :, 0])
+
+
+def test_dropout_is_off_while_sampling_and_back_on_after(base):
+    add_adapter(base.unet, "a", "spatial", (2,), rank=4, dropout=0.5)
+    for p in adapter_parameters(base.unet, "a"):
+        p.data.normal_(std=0.3)
+    text, negative = encode(base, [PROMPT]), encode(base, [""])
+    base.unet.train()
+    with adapters(base.unet, {"a": 1.0}):
+        first, second = (sample_latents(base, text, negative, [1]) for _ in range(2))
+    assert torch.equal(first, second)
+    assert base.unet.training
+
+
+def test_files_are_written_with_loras_at_their_strength_and_the_network_left_clean(base, tmp_path):
+    latents = filled_lora(base, tmp_path / "lora.safetensors")
+    expected = decode(base, latents)[0]
+    settings = GenerateSettings(
+        prompt=[PROMPT], out=str(tmp_path / "clip"), lora=[f"{tmp_path / 'lora.safetensors'}:0.7"], seed=[1]
+    )
+    assert generate_files(settings, base) == [tmp_path / "clip"]
+    written = read_video(tmp_path / "clip", 3, 32, 32)
+    assert (written - expected).abs().max() < 1.01 / 127.5
+    assert adapter_names(base.unet) == []
+    assert json.loads((tmp_path / "clip.json").read_text())["seed"] == [1]
+
+
+def test_several_prompts_and_seeds_are_numbered(tmp_path):
+    settings = GenerateSettings(prompt=["a", "b"], out="clips/teddy.mp4", seed=[1, 7])
+    assert [str(file) for _, _, file in clip_files(settings)] == [
+        "clips/teddy-1-seed1.mp4",
+        "clips/teddy-1-seed7.mp4",
+        "clips/teddy-2-seed1.mp4",
+        "clips/teddy-2-seed7.mp4",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"out": "clip.avi"}, r"\.mp4"),
+        ({"seed": [1, 1]}, "twice"),
+        ({"prompt": []}, "at least one prompt"),
+        ({"height": 100}, "104"),
+        ({"steps": 0}, "1 to 1000"),
+        ({"num_frames": 33}, "32"),
+        ({"lora": ["nowhere"]}, "nowhere"),
+    ],
+)
+def test_bad_settings_are_explained_and_nothing_is_written(base, tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    settings = GenerateSettings(**{"prompt": [PROMPT], "out": "clip.mp4", **changes})
+    with pytest.raises(UserError, match=message):
+        generate_files(settings, base)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_writes_a_clip(files, tmp_path, capsys):
+    out = tmp_path / "clip.mp4"
+    flags = [word for name, value in files.flags().items() for word in (f"--{name}", value)]
+    sizes = ["--num_frames", "2", "--height", "32", "--width", "32", "--steps", "1", "--guidance_scale", "1"]
+    main([*flags, *sizes, "--prompt", PROMPT, "--out", str(out), "--seed", "3"])
+    assert read_video(out, 2, 32, 32).shape == (2, 3, 32, 32)
+    assert str(Path(out)) in capsys.readouterr().out

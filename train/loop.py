@@ -1,0 +1,130 @@
+"""The training loop: one function, with everything a long run needs around the loss.
+
+All randomness of a step comes from (seed, step) alone. A run that was stopped, or killed, goes on from its last state
+and ends with the same weights, bit for bit on the CPU.
+"""
+
+import hashlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from lion_pytorch import Lion
+from torch import Tensor
+from tqdm import tqdm
+
+from lora import adapter_parameters, adapters
+from model import UNet3D, UserError
+from train.folder import RunFolder
+
+# (step, its CPU generator) -> named losses, each backpropagated before the next one is computed
+Losses = Callable[[int, torch.Generator], Iterator[tuple[str, Tensor]]]
+
+BETAS = (0.9, 0.99)
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How the loop runs; see the flags of the same names in `train.settings`."""
+
+    steps: int
+    learning_rate: float
+    weight_decay: float
+    seed: int
+    save_every: int
+    preview_every: int
+
+
+def train(
+    unet: UNet3D,
+    names: Sequence[str],
+    losses: Losses,
+    settings: LoopSettings,
+    folder: RunFolder,
+    preview: Callable[[int], None] | None = None,
+) -> None:
+    """Train the adapters `names`, switched on together at scale 1, with Lion (Chen et al. 2023).
+
+    Args:
+        unet: the network; nothing but those adapters' parameters may require gradients.
+        names: the adapters.
+        losses: gives the losses of a step, from its number and a CPU generator that depends on seed and step.
+        settings: steps, rates, seed, and how often to save and show.
+        folder: where state, log and previews go; a state in it is taken up.
+        preview: called after every `preview_every` steps with their number.
+
+    Raises:
+        UserError: a loss or a weight stopped being finite; the last good state stays on disk.
+        KeyboardInterrupt: the run was asked to stop; its state is saved.
+    """
+    parameters = [p for name in names for p in adapter_parameters(unet, name)]
+    optimizer = Lion(parameters, lr=settings.learning_rate, betas=BETAS, weight_decay=settings.weight_decay)
+    # Half-precision activations underflow in float16 alone; the scaler is a no-op elsewhere.
+    scaler = torch.amp.GradScaler(unet.device.type, enabled=unet.dtype == torch.float16)
+    done = folder.restore(parameters, optimizer, scaler)
+
+    with training(unet), adapters(unet, dict.fromkeys(names, 1.0)), stop_requests() as stop:
+        bar = tqdm(range(done, settings.steps), desc=folder.path.name, initial=done, total=settings.steps)
+        for step in bar:
+            started, values = time.perf_counter(), {}
+            torch.manual_seed(derived_seed(settings.seed, "dropout", step))
+            generator = torch.Generator().manual_seed(derived_seed(settings.seed, "step", step))
+            for name, loss in losses(step, generator):
+                values[name] = loss.item()
+                if not math.isfinite(values[name]):
+                    raise UserError(folder.lost(f"the {name} is {values[name]} at step {step}"))
+                scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+
+            done = step + 1
+            folder.log(step, values, time.perf_counter() - started)
+            bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
+            if done % settings.save_every == 0 or done == settings.steps or stop.is_set():
+                if not all(torch.isfinite(p).all() for p in parameters):
+                    raise UserError(folder.lost(f"the adapter's weights stopped being finite by step {step}"))
+                folder.save(done, parameters, optimizer, scaler)
+            if stop.is_set():
+                raise KeyboardInterrupt
+            if preview is not None and settings.preview_every and done % settings.preview_every == 0:
+                preview(done)
+
+
+def derived_seed(*parts: int | str) -> int:
+    """A seed that depends on all the parts (a run's seed, what it is for, a step) and on nothing else."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:5], "little")
+
+
+@contextmanager
+def training(unet: UNet3D) -> Iterator[None]:
+    """Within the block dropout is on (the frozen base has none: this is for adapters)."""
+    unet.train()
+    try:
+        yield
+    finally:
+        unet.eval()
+
+
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """Within the block Ctrl-C and SIGTERM set the event once, so that a step is never cut in two; again, they act."""
+    event, old = threading.Event(), {}
+
+    def request(number: int, frame: object) -> None:
+        event.set()
+        tqdm.write("stopping after this step (once more: at once)")
+        signal.signal(number, signal.default_int_handler)
+
+    if threading.current_thread() is threading.main_thread():
+        old = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,36 @@
+"""The losses of both papers, as functions of predictions and targets (b, c, f, h, w)."""
+
+import torch
+from torch import Tensor
+
+
+def noise_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """|| eps - eps_theta ||^2, averaged over all elements, in float32 (CustomTTT, equation 1)."""
+    return (prediction.float() - target.float()).square().mean()
+
+
+def debias(values: Tensor, anchor: int, beta: float = 1.0) -> Tensor:
+    """phi(e)_i = sqrt(beta^2 + 1) e_i - beta e_anchor for every frame i, the anchor's own included.
+
+    What all frames share (the looks of the clip) shrinks to (sqrt(beta^2 + 1) - beta), and what tells them apart (its
+    motion) grows by sqrt(beta^2 + 1) (MotionDirector, arXiv 2310.08465, section 4.2).
+    """
+    return (beta**2 + 1) ** 0.5 * values - beta * values[:, :, anchor : anchor + 1]
+
+
+def debiased_loss(prediction: Tensor, target: Tensor, anchor: int, beta: float = 1.0) -> Tensor:
+    """|| phi(eps) - phi(eps_theta) ||^2, averaged, with anchor frame `anchor` of the clip (MotionDirector, 4.2)."""
+    return noise_loss(debias(prediction.float(), anchor, beta), debias(target.float(), anchor, beta))
+
+
+def motion_loss(prediction: Tensor, target: Tensor, generator: torch.Generator, debiased: bool = True) -> Tensor:
+    """Plain noise loss, and with `debiased` the debiased one added, its anchor frame drawn at random.
+
+    Adding it is our reading of CustomTTT's stage 2: what the codebase behind its baseline does. `generator` is the
+    step's, on the CPU.
+    """
+    loss = noise_loss(prediction, target)
+    if not debiased:
+        return loss
+    anchor = int(torch.randint(prediction.shape[2], (), generator=generator))
+    return loss + debiased_loss(prediction, target, anchor)

@@ -1,0 +1,127 @@
+"""All four steps from one file: `python -m train.run --config teddy.yaml`; steps already done are skipped."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from model import UserError
+from sampling.generate import GenerateSettings, clip_files, generate_files, settings_file
+from train.appearance import AppearanceSettings, train_appearance
+from train.motion import MotionSettings, train_motion
+from train.settings import TrainSettings
+from train.ttt import TTTSettings, train_ttt
+from weights import Base, BaseSettings, lora_path, open_base, parse_settings, read_json, run_command, settings_from
+from weights.lora import FILE_NAME, split_strength
+
+Settings = TypeVar("Settings", bound=BaseSettings)
+
+
+@dataclass(kw_only=True)
+class RunSettings(BaseSettings):
+    """All stages, and the clip.
+
+    Args:
+        out: folder for everything: appearance/, motion/, ttt/ and video.mp4.
+        height: pixels, divisible by 8; not given: the base's (256).
+        width: pixels, divisible by 8; not given: the base's (256).
+        num_frames: frames of a clip; not given: the base's (16).
+        gradient_checkpointing: less memory for about a third more time.
+        appearance: in the file, a table of stage 1's settings: images, prompt, ...
+        motion: in the file, a table of stage 2's settings: video, prompt, ...
+        ttt: in the file, a table of stage 3's settings: prompt, ...
+        generate: in the file, a table of the sampler's settings: seed, ...; its prompt is stage 3's unless given.
+    """
+
+    out: str
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    gradient_checkpointing: bool = False
+    appearance: dict[str, Any]
+    motion: dict[str, Any]
+    ttt: dict[str, Any]
+    generate: dict[str, Any] = field(default_factory=dict)
+
+
+def run(settings: RunSettings) -> list[Path]:
+    """Train the appearance LoRA, the motion LoRA and both together, then generate; skip what is done.
+
+    Args:
+        settings: of all steps.
+
+    Returns:
+        The clips.
+
+    Raises:
+        UserError: bad settings or files in any step; all settings are read before the first step begins.
+    """
+    out = Path(settings.out)
+    looks = section(AppearanceSettings, settings, "appearance", out=str(out / "appearance"))
+    moves = section(MotionSettings, settings, "motion", out=str(out / "motion"))
+    both = section(TTTSettings, settings, "ttt", out=str(out / "ttt"), appearance=looks.out, motion=moves.out)
+    clip = section(
+        GenerateSettings, settings, "generate", out=str(out / "video.mp4"), lora=[both.out], prompt=[both.prompt]
+    )
+    clips = [file for _, _, file in clip_files(clip)]
+    base: Base | None = None
+
+    def base_for(needed: bool) -> Base | None:
+        nonlocal base
+        base = open_base(settings) if needed and base is None else base
+        return base
+
+    stages: list[tuple[Callable[..., Path], TrainSettings]] = [
+        (train_appearance, looks),
+        (train_motion, moves),
+        (train_ttt, both),
+    ]
+    for train, its in stages:
+        done = (Path(its.out) / FILE_NAME).is_file()
+        lora = train(its, base_for(not done))
+        print(f"{lora}{' (was done)' if done else ''}")
+    if not up_to_date(clip, clips):
+        generate_files(clip, base_for(True))
+    else:
+        print("\n".join(f"{clip} (was done)" for clip in clips))
+    return clips
+
+
+def section(cls: type[Settings], settings: RunSettings, name: str, **defaults: Any) -> Settings:
+    """A step's settings: its own table over the defaults, and what all steps share.
+
+    Raises:
+        UserError: a key that the step does not know, or that belongs to all steps.
+    """
+    table: Mapping[str, Any] = getattr(settings, name)
+    shared = {f.name for f in dataclasses.fields(BaseSettings)}
+    misplaced = sorted(shared & set(table))
+    if misplaced:
+        raise UserError(
+            f"{name}: {', '.join(misplaced)} must be the same for all steps: move it to the top of the file"
+        )
+    known = {f.name for f in dataclasses.fields(cls)}
+    sizes = {"height", "width", "num_frames", "gradient_checkpointing"} & known
+    common = {key: getattr(settings, key) for key in shared | sizes}
+    return settings_from(cls, {**common, **defaults, **table}, where=name)
+
+
+def up_to_date(settings: GenerateSettings, clips: Sequence[Path]) -> bool:
+    """Whether the clips are there, made with these settings, and no older than their LoRAs."""
+    record = settings_file(settings)
+    if not record.is_file() or not all(clip.exists() for clip in clips):
+        return False
+    newest = max((lora_path(split_strength(lora)[0]).stat().st_mtime for lora in settings.lora), default=0)
+    same = read_json(record) == dataclasses.asdict(settings)
+    return same and all(clip.stat().st_mtime >= newest for clip in clips)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`customttt run`."""
+    about = "Train both LoRAs, train them together, and generate: all from one file. What is done is skipped."
+    run(parse_settings(RunSettings, argv, prog="customttt run", description=about))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,91 @@
+"""The flags that every stage of training shares, and their defaults from the base."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from model import Recipe, UserError
+from train.loop import LoopSettings
+from weights import BaseSettings
+
+
+@dataclass(kw_only=True)
+class TrainSettings(BaseSettings):
+    """A run of training.
+
+    Args:
+        out: folder of the run: LoRA, settings, log, previews. The same command again goes on where it was stopped.
+        height: pixels, divisible by 8; not given: the base's (256).
+        width: pixels, divisible by 8; not given: the base's (256).
+        num_frames: frames of a clip; not given: the base's (16).
+        steps: training steps; not given: the base's (500; test-time training 30).
+        learning_rate: of Lion; not given: the base's (appearance 1e-5, motion 5e-5, test-time training 1e-6).
+        weight_decay: of Lion; not given: the base's (0.1).
+        dropout: on the LoRAs' input while training; not given: the base's (0.1).
+        seed: of everything random in the run.
+        save_every: steps between states on disk, from which a killed run goes on.
+        preview_every: steps between previews; 0 is none.
+        preview_prompt: prompt of the previews; not given: the run's own.
+        gradient_checkpointing: less memory for about a third more time.
+    """
+
+    out: str
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    steps: int | None = None
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    dropout: float | None = None
+    seed: int = 0
+    save_every: int = 50
+    preview_every: int = 0
+    preview_prompt: str | None = None
+    gradient_checkpointing: bool = False
+
+    def loop(self) -> LoopSettings:
+        """What the loop needs of these, once they are filled in.
+
+        Raises:
+            UserError: a number out of its range.
+        """
+        if self.steps is None or self.learning_rate is None or self.weight_decay is None:
+            raise UserError("steps, learning_rate and weight_decay must be filled in before training")
+        if self.steps < 1 or self.learning_rate <= 0 or self.weight_decay < 0:
+            raise UserError(
+                f"steps must be at least 1, learning_rate above 0 and weight_decay not below 0: got {self.steps}, "
+                f"{self.learning_rate} and {self.weight_decay}"
+            )
+        if self.save_every < 1 or self.preview_every < 0:
+            raise UserError("save_every must be at least 1, and preview_every at least 0")
+        return LoopSettings(
+            self.steps, self.learning_rate, self.weight_decay, self.seed, self.save_every, self.preview_every
+        )
+
+
+@dataclass(kw_only=True)
+class AdapterSettings(TrainSettings):
+    """A run that trains one fresh LoRA.
+
+    Args:
+        prompt: what the training material shows, plainly.
+        layers: layers of the nine that are trained; not given: the base's (appearance 2 6, motion 2 5).
+        rank: of the LoRA; not given: the base's (32).
+        targets: its linear layers: attention and feed-forward (blocks), attention alone, or all with the projections.
+    """
+
+    prompt: str
+    layers: list[int] | None = None
+    rank: int | None = None
+    targets: Literal["blocks", "attention", "all"] = "blocks"
+
+
+def filled(settings: TrainSettings, recipe: Recipe, **defaults: Any) -> Any:
+    """The settings with the base's own number, or the stage's (`defaults`), in place of every None that has one.
+
+    Typed Any, since the numbers that may be None in what a person gives are none any more.
+    """
+    shared = ("height", "width", "num_frames", "weight_decay", "dropout", "rank", "guidance_scale", "reference_steps")
+    defaults |= {name: getattr(recipe, name) for name in shared if hasattr(settings, name)}
+    missing = {name: value for name, value in defaults.items() if getattr(settings, name) is None}
+    return dataclasses.replace(settings, **missing)

@@ -1,0 +1,151 @@
+"""What the stages share: latents drawn anew each step, the student's prediction, previews."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora import add_adapter, remove_adapter
+from model import LatentDistribution, NoiseSchedule, UNet3D
+from sampling import generate, write_media
+from train.folder import RunFolder
+from train.loop import Losses, derived_seed, train
+from train.settings import TrainSettings
+from weights import Base, placed, write_json
+
+
+@torch.no_grad()
+def encode_videos(base: Base, videos: Tensor) -> LatentDistribution:
+    """Mean and spread of the scaled latents of videos (b, 3, f, h, w) in [-1, 1], float32 on the UNet's device.
+
+    Done once, before the first step: a step only draws from it.
+    """
+    with placed(base.vae, base.unet.device):
+        latents = base.vae.encode_latents(videos.to(base.unet.device, base.unet.dtype))
+    return LatentDistribution(latents.mean.float(), latents.std.float())
+
+
+def leave_device(base: Base) -> None:
+    """Send the VAE and the text encoder to the CPU: the training steps need neither."""
+    base.vae.cpu()
+    base.text.cpu()
+
+
+def draw(latents: LatentDistribution, generator: torch.Generator) -> Tensor:
+    """One sample of the latents, with noise from the step's CPU generator."""
+    return latents.sample(normal(latents.mean, generator))
+
+
+def normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal noise shaped as `like` and on its device, drawn in float32 on the CPU."""
+    return torch.randn(like.shape, generator=generator).to(like.device)
+
+
+def predict(
+    unet: UNet3D,
+    schedule: NoiseSchedule,
+    latents: Tensor,
+    text: Tensor,
+    generator: torch.Generator,
+    *,
+    motion: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The network's prediction for latents noised at a uniform t in [0, 1000), and what it should be.
+
+    Args:
+        unet: the network, its adapters switched as wanted.
+        schedule: the noise schedule.
+        latents: clean and scaled, (b, c, f, h, w) float32.
+        text: embeddings (b, n, d).
+        generator: the step's, on the CPU.
+        motion: False bypasses the motion modules.
+
+    Returns:
+        Prediction and target, (b, c, f, h, w).
+    """
+    timesteps = torch.randint(schedule.num_train_timesteps, (len(latents),), generator=generator)
+    noise = normal(latents, generator)
+    noisy = schedule.add_noise(latents, noise, timesteps)
+    prediction = unet(noisy.to(unet.dtype), timesteps.to(unet.device), text, motion=motion)
+    return prediction, schedule.target(latents, noise, timesteps)
+
+
+def train_adapter(
+    base: Base,
+    name: str,
+    kind: str,
+    losses: Losses,
+    settings: Any,
+    folder: RunFolder,
+    inputs: Mapping[str, Path],
+    trigger: str = "",
+) -> Path:
+    """Train one fresh adapter of `kind`, write its LoRA file, and leave the network as it was.
+
+    Raises:
+        UserError: layers that have no transformer of this kind, or what `run_stage` raises.
+    """
+    generator = torch.Generator().manual_seed(derived_seed(settings.seed, "start", name))
+    add_adapter(
+        base.unet,
+        name,
+        kind,
+        settings.layers,
+        settings.rank,
+        targets=settings.targets,
+        dropout=settings.dropout,
+        generator=generator,
+    )
+    try:
+        return run_stage(base, {name: (settings.prompt, trigger)}, losses, settings, folder, inputs)
+    finally:
+        remove_adapter(base.unet, name)
+
+
+def run_stage(
+    base: Base,
+    words: Mapping[str, tuple[str, str]],
+    losses: Losses,
+    settings: TrainSettings,
+    folder: RunFolder,
+    inputs: Mapping[str, Path],
+    measure: Callable[[], Mapping[str, Any]] | None = None,
+) -> Path:
+    """Train the adapters that `words` names (with their prompt and trigger) to the end, and write their LoRA file.
+
+    What `measure` finds at the end goes into `report.json`.
+
+    Raises:
+        UserError: an --out of another run, or a loss that is not finite.
+    """
+    folder.begin(settings, inputs, base)
+    leave_device(base)
+    base.unet.gradient_checkpointing(settings.gradient_checkpointing)
+    prompt = settings.preview_prompt or next(iter(words.values()))[0]
+    train(base.unet, list(words), losses, settings.loop(), folder, previewer(base, settings, folder, prompt))
+    if measure is not None:
+        write_json(folder.path / "report.json", measure())
+    folder.finish(base, words, settings)
+    return folder.lora
+
+
+def previewer(base: Base, settings: TrainSettings, folder: RunFolder, prompt: str) -> Callable[[int], None]:
+    """A function that writes the clip which `generate` would give with the run's seed after `done` steps."""
+
+    def preview(done: int) -> None:
+        moving = base.unet.config.motion is not None
+        video = generate(
+            base,
+            [prompt],
+            [settings.seed],
+            num_frames=settings.num_frames if moving else 1,
+            height=settings.height,
+            width=settings.width,
+            progress="preview",
+        )
+        file = folder.path / "previews" / f"step-{done:05d}.{'mp4' if moving else 'png'}"
+        write_media(file, video[0], fps=base.recipe.fps)
+
+    return preview

@@ -1,0 +1,32 @@
+"""Files in and out: bases, LoRAs, settings."""
+
+from weights.files import atomic_write, read_checkpoint, read_header, read_json, sha256, write_json
+from weights.load import Base, load_base
+from weights.lora import LoRAEntry, LoRAFile, load_lora, lora_path, read_lora_header, save_lora, split_strength
+from weights.open import BaseSettings, open_base, placed
+from weights.settings import parse_settings, run_command, save_settings, settings_from
+
+__all__ = [
+    "Base",
+    "BaseSettings",
+    "LoRAEntry",
+    "LoRAFile",
+    "atomic_write",
+    "load_base",
+    "load_lora",
+    "lora_path",
+    "open_base",
+    "parse_settings",
+    "placed",
+    "read_checkpoint",
+    "read_header",
+    "read_json",
+    "read_lora_header",
+    "run_command",
+    "save_lora",
+    "save_settings",
+    "settings_from",
+    "sha256",
+    "split_strength",
+    "write_json",
+]

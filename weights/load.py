@@ -1,0 +1,283 @@
+"""The base model, whole: read from whatever layout it comes in, every tensor accounted for."""
+
+import hashlib
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from model import AutoencoderKL, NoiseSchedule, Recipe, TextEncoder, UNet3D, UserError
+from weights.configs import motion_config, text_config, unet_config, vae_config
+from weights.detect import FileKind, detect, detect_tensors, refuse
+from weights.files import read_checkpoint
+from weights.keymaps import (
+    IGNORED_IN_BASE,
+    IGNORED_IN_MOTION,
+    IGNORED_IN_TEXT,
+    IGNORED_IN_VAE,
+    MOTIONS,
+    TEXTS,
+    UNETS,
+    VAES,
+    Layout,
+)
+from weights.parts import Part, account, fill, read_part, take
+
+# A base's networks: folder in diffusers' layout, what is in it, how its tensors may be named, which may stay unused.
+NETWORKS: tuple[tuple[str, str, tuple[Layout, ...], dict[str, str]], ...] = (
+    ("unet", "UNet", UNETS, {}),
+    ("vae", "VAE", VAES, IGNORED_IN_VAE),
+    ("text_encoder", "text encoder", TEXTS, IGNORED_IN_TEXT),
+)
+CLIP = "openai/clip-vit-large-patch14"  # Stable Diffusion 1.x's text encoder and vocabulary, on the hub
+VOCABULARY = ("vocab.json", "merges.txt")
+WHERE_VOCABULARY_GOES = (
+    f"Get {' and '.join(VOCABULARY)} from https://huggingface.co/{CLIP}, put them into one folder, and name it with "
+    "--tokenizer FOLDER (the folder tokenizer/ of a diffusers base is found without)."
+)
+# Small, and spread over what kinds of fine-tuning change.
+FINGERPRINTED = (
+    "conv_in.weight",
+    "time_embedding.linear_1.bias",
+    "layers.0.spatial.0.transformer_blocks.0.attn1.to_q.weight",
+    "layers.4.resnets.0.norm1.weight",
+    "layers.8.spatial.2.transformer_blocks.0.attn2.to_v.weight",
+    "conv_out.weight",
+)
+
+
+@dataclass
+class Base:
+    """A base model with all that is needed to train on it and to sample from it; its weights are frozen.
+
+    Args:
+        unet: with the motion modules, or without (`unet.config.motion` is None).
+        vae: its autoencoder.
+        text: its text encoder.
+        schedule: AnimateDiff's: betas linear from 0.00085 to 0.012. A Stable Diffusion folder's own scheduler says
+            `scaled_linear`, which is left unread: with motion modules it shows as washed-out video.
+        recipe: what this base is customised with unless a flag says otherwise.
+        name: of its file or folder, or on the hub.
+        fingerprint: tells one checkpoint's weights from another's, the same for copies in float32 and float16.
+        tokenizer_folder: where CLIP's vocabulary is, None: on the hub.
+    """
+
+    unet: UNet3D
+    vae: AutoencoderKL
+    text: TextEncoder
+    schedule: NoiseSchedule
+    recipe: Recipe
+    name: str
+    fingerprint: str
+    tokenizer_folder: Path | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the UNet is."""
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the UNet's weights."""
+        return self.unet.dtype
+
+    @cached_property
+    def tokenizer(self) -> CLIPTokenizer:
+        """CLIP's tokenizer, read when first asked for.
+
+        Raises:
+            UserError: no vocabulary to be found, or one that does not belong to this text encoder.
+        """
+        folder = self.tokenizer_folder or _tokenizer_on_hub()
+        if not (folder / "tokenizer.json").is_file() and not all((folder / name).is_file() for name in VOCABULARY):
+            raise UserError(f"{folder} holds no tokenizer. {WHERE_VOCABULARY_GOES}")
+        try:
+            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            highest = max(tokenizer.get_vocab().values())
+        except Exception as error:  # whatever damage does to json and to tokenizers, which raises bare Exception
+            raise UserError(f"the tokenizer in {folder} is damaged ({error}): get its files again") from error
+        size = self.text.config.vocab_size
+        if highest >= size:
+            raise UserError(
+                f"the tokenizer of {folder} counts up to {highest}, and the text encoder of {self.name} knows {size} "
+                "tokens: they do not belong together"
+            )
+        return tokenizer
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> CLIP embeddings (b, n, d), padded to n = 77, on the text encoder's device and in its dtype.
+
+        A longer prompt is cut, and a warning says what of it was lost.
+        """
+        length = self.text.config.max_position_embeddings
+        cut = self.tokenizer(list(prompts), verbose=False, return_offsets_mapping=True)
+        for prompt, offsets in zip(prompts, cut["offset_mapping"], strict=True):
+            if len(offsets) > length:
+                lost = prompt[offsets[length - 1][0] :]
+                warnings.warn(f"the prompt is longer than {length - 2} tokens, and this is cut: {lost!r}", stacklevel=2)
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
+        device = next(self.text.parameters()).device
+        with torch.no_grad():
+            return self.text(tokens["input_ids"].to(device))
+
+
+def load_base(
+    path: str | Path = "tiny",
+    motion_module: str | Path | None = None,
+    vae: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Base:
+    """Load a Stable Diffusion 1.5 checkpoint, with AnimateDiff's motion modules if they are given.
+
+    Every key of the files is used or named in a rule that says why not (`keymaps.IGNORED_IN_...`), every parameter is
+    filled, every shape is equal; weights are in memory once, are frozen, and must be finite.
+
+    Args:
+        path: a diffusers folder (whole or sharded, float32 or the fp16 variant), a one-file checkpoint (.safetensors,
+            .ckpt), the name of either kind of repository in the hub's cache ("owner/name"), or "tiny".
+        motion_module: AnimateDiff's file (v1, v2, v3) or a diffusers MotionAdapter folder; None: an image-only UNet.
+        vae: a file or folder with another autoencoder than the base's own.
+        tokenizer: a folder with CLIP's vocabulary; None: the base's own, else the hub's.
+        device: where the weights go.
+        dtype: what they are cast to.
+
+    Raises:
+        UserError: a file is missing, damaged, of the wrong kind, or does not fit: the message says which, and more.
+    """
+    if str(path) == "tiny":
+        raise UserError(
+            "this version ships no tiny base yet: name a Stable Diffusion 1.5 checkpoint (a diffusers folder, a "
+            ".safetensors or a .ckpt file)"
+        )
+    source = _resolve(path)
+    folder = _tokenizer_folder(source, tokenizer)
+    parts = _read_base(source)
+    if vae is not None:
+        parts["vae"] = read_part(_resolve(vae), "the VAE", ("VAE",), VAES, IGNORED_IN_VAE)
+    for name, what, _, _ in NETWORKS:
+        if name not in parts:
+            remedy = "name one with --vae" if name == "vae" else "take another checkpoint, or get the rest of this one"
+            raise UserError(f"{source} has no {what}: {remedy}")
+    motion = None
+    if motion_module is not None:
+        kinds = ("motion module", "motion adapter")
+        motion = read_part(_resolve(motion_module), "the motion module", kinds, MOTIONS, IGNORED_IN_MOTION)
+
+    modules = None if motion is None else motion_config(motion)
+    with torch.device("meta"):
+        unet = UNet3D(unet_config(parts["unet"], modules))
+        autoencoder = AutoencoderKL(vae_config(parts["vae"]))
+        text = TextEncoder(text_config(parts["text_encoder"]))
+    _check_widths(source, unet, autoencoder, text)
+    fingerprint = _fingerprint(parts["unet"].tensors)
+    fill(unet, parts["unet"], device, dtype, covers=lambda name: ".temporal." not in name)
+    if motion is not None:
+        fill(unet, motion, device, dtype, covers=lambda name: ".temporal." in name)
+    fill(autoencoder, parts["vae"], device, dtype)
+    fill(text.eval().clip, parts["text_encoder"], device, dtype)
+    # the one buffer that files need not hold was made on the meta device
+    text.clip.embeddings.position_ids = torch.arange(text.config.max_position_embeddings, device=device)[None]
+
+    name = source.resolve().name if Path(path).expanduser() == source else str(path)
+    return Base(unet, autoencoder, text, NoiseSchedule(), Recipe(), name, fingerprint, folder)
+
+
+def _resolve(path: str | Path) -> Path:
+    """A path as it is, or the folder of a hub name in the hub's cache."""
+    here = Path(path).expanduser()
+    if here.exists():
+        return here
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        raise UserError(f"{path} does not exist")
+    try:
+        return Path(snapshot_download(str(path), local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"{path} is no file or folder here, and no model of that name is in the hub's cache. If it is on the hub, "
+            f"get it with: hf download {path}"
+        ) from error
+
+
+def _read_base(source: Path) -> dict[str, Part]:
+    """The base's networks by the name of their folder, without those that it does not have.
+
+    A one-file checkpoint's keys are shared out among them; what is left falls to the UNet's account.
+    """
+    if source.is_dir():
+        _expect("diffusers folder", source, detect(source))
+        present = [row for row in NETWORKS if (source / row[0]).is_dir()]
+        return {
+            name: read_part(source / name, f"the base's {what}", (what,), layouts, ignored)
+            for name, what, layouts, ignored in present
+        }
+    tensors = read_checkpoint(source)
+    _expect("one-file checkpoint", source, detect_tensors(tensors))
+    parts = {name: take(source, tensors, layouts) for name, _, layouts, _ in NETWORKS}
+    account(parts["unet"], tensors, IGNORED_IN_BASE)
+    return {name: part for name, part in parts.items() if part.tensors}
+
+
+def _expect(kind: str, source: Path, found: FileKind) -> None:
+    if found.kind != kind or found.family not in ("", "sd15") or found.version:
+        refuse(source, found, "the base")
+
+
+def _check_widths(source: Path, unet: UNet3D, vae: AutoencoderKL, text: TextEncoder) -> None:
+    """The three networks must fit each other, not only their own files."""
+    channels = (unet.config.in_channels, unet.config.out_channels)
+    if channels != (vae.config.latent_channels,) * 2:
+        raise UserError(
+            f"{source}: the UNet takes {channels[0]} channels and gives {channels[1]}, and the VAE's latents have "
+            f"{vae.config.latent_channels}: they do not belong together"
+        )
+    if unet.config.cross_attention_dim != text.config.hidden_size:
+        raise UserError(
+            f"{source}: the UNet wants text of width {unet.config.cross_attention_dim}, and the text encoder gives "
+            f"{text.config.hidden_size}: they do not belong together"
+        )
+
+
+def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Of a UNet's weights, rounded to float16: copies of one checkpoint in both precisions agree."""
+    digest = hashlib.sha256()
+    for name in FINGERPRINTED:
+        if name in tensors:  # `fill` will say what is missing
+            digest.update(tensors[name].half().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _tokenizer_folder(source: Path, tokenizer: str | Path | None) -> Path | None:
+    """The folder that was asked for, or the base's own if it has one."""
+    folder = source / "tokenizer" if tokenizer is None else Path(tokenizer).expanduser()
+    if tokenizer is not None and not folder.is_dir():
+        raise UserError(f"{tokenizer} was given as the tokenizer, and is no folder. {WHERE_VOCABULARY_GOES}")
+    return folder if folder.is_dir() else None
+
+
+def _tokenizer_on_hub() -> Path:
+    """The folder of CLIP's vocabulary in the hub's cache, fetched if it is not there yet.
+
+    transformers would not do: with no network, it answers with an empty tokenizer and no error.
+    """
+    for offline in (True, False):
+        try:
+            found = [hf_hub_download(CLIP, name, local_files_only=offline) for name in VOCABULARY]
+            return Path(found[0]).parent
+        except (OSError, HfHubHTTPError) as error:
+            reason = error
+    raise UserError(
+        "this base comes without a tokenizer, and CLIP's is neither in the hub's cache nor to be had from the hub. "
+        + WHERE_VOCABULARY_GOES
+    ) from reason

@@ -1,0 +1,211 @@
+"""LoRA files of our own: safetensors with one or several adapters and all it takes to put them back in place.
+
+Keys are `<adapter>.<diffusers module name>.lora_A.weight` and `.lora_B.weight`; the header's entry `customttt` is JSON:
+version, base, settings, and for each adapter kind, layers, rank, alpha, targets, prompt and trigger.
+"""
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lora import AdapterSpec, adapter_modules, adapter_names, adapter_spec, add_adapter, remove_adapter
+from model import UNet3D, UserError
+from weights.detect import detect, refuse
+from weights.files import atomic_write, read_checkpoint, read_header
+from weights.keymaps import UNET_DIFFUSERS
+
+VERSION = 1
+FILE_NAME = "lora.safetensors"  # in a run folder
+
+
+@dataclass(frozen=True)
+class LoRAEntry:
+    """One adapter of a file: what it is, and the words it was trained with."""
+
+    spec: AdapterSpec
+    prompt: str = ""
+    trigger: str = ""
+
+
+@dataclass(frozen=True)
+class LoRAFile:
+    """What a file's header says, without its tensors."""
+
+    path: Path
+    adapters: dict[str, LoRAEntry]
+    base: str
+    fingerprint: str
+    settings: dict[str, Any]
+
+
+def save_lora(
+    path: str | Path,
+    unet: UNet3D,
+    words: Mapping[str, tuple[str, str]],
+    *,
+    base: str = "",
+    fingerprint: str = "",
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Write adapters of `unet` to a file, atomically, in float32.
+
+    Args:
+        path: the file.
+        unet: the network they sit in.
+        words: for each adapter to write, the prompt it was trained with and its trigger word ("" for none).
+        base: name of the base it was trained on.
+        fingerprint: of that base.
+        settings: of the run, kept for the record.
+
+    Raises:
+        UserError: an unknown adapter, weights that are not finite, or a file that cannot be written.
+    """
+    tensors, entries = {}, {}
+    for name, (prompt, trigger) in words.items():
+        for module_name, module in adapter_modules(unet, name).items():
+            key = f"{name}.{UNET_DIFFUSERS.from_ours(module_name)}"
+            tensors[f"{key}.lora_A.weight"] = module.A.detach().cpu().contiguous()
+            tensors[f"{key}.lora_B.weight"] = module.B.detach().cpu().contiguous()
+        entries[name] = {**asdict(adapter_spec(unet, name)), "prompt": prompt, "trigger": trigger}
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise UserError(f"{path}: not written, since the adapter's weights are not finite")
+    header = {
+        "version": VERSION,
+        "base": {"name": base, "fingerprint": fingerprint},
+        "adapters": entries,
+        "settings": dict(settings or {}),
+    }
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, metadata={"customttt": json.dumps(header)})
+
+
+def lora_path(path: str | Path) -> Path:
+    """The LoRA file that a path means: itself, or the one inside a run folder.
+
+    Raises:
+        UserError: nothing is there, or the run is not finished.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    if not (path / FILE_NAME).is_file():
+        unfinished = (path / "settings.json").is_file()
+        why = "the run in it is not finished: start it again and it goes on" if unfinished else "it is no run folder"
+        raise UserError(f"{path} has no {FILE_NAME}: {why}")
+    return path / FILE_NAME
+
+
+def read_lora_header(path: str | Path) -> LoRAFile:
+    """What adapters a file of ours holds.
+
+    Raises:
+        UserError: not a LoRA file of ours (the message says what it is), or one that a newer version wrote.
+    """
+    path = lora_path(path)
+    text = read_header(path).metadata.get("customttt")
+    if text is None:
+        refuse(path, detect(path), "a LoRA")
+    try:
+        header = json.loads(text or "")
+        if header["version"] > VERSION:
+            raise UserError(f"{path} was written by a newer customttt (file version {header['version']}): upgrade")
+        entries = {
+            name: LoRAEntry(
+                AdapterSpec(
+                    kind=str(entry["kind"]),
+                    layers=tuple(int(i) for i in entry["layers"]),
+                    rank=int(entry["rank"]),
+                    alpha=float(entry["alpha"]),
+                    targets=str(entry["targets"]),
+                ),
+                str(entry["prompt"]),
+                str(entry["trigger"]),
+            )
+            for name, entry in header["adapters"].items()
+        }
+        base = header["base"]
+        return LoRAFile(path, entries, str(base["name"]), str(base["fingerprint"]), dict(header["settings"]))
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: its customttt header is damaged ({error}): make or fetch the file again") from error
+
+
+def load_lora(
+    unet: UNet3D, path: str | Path, names: Mapping[str, str] | None = None, *, fingerprint: str = ""
+) -> dict[str, LoRAEntry]:
+    """Add a file's adapters to the network, switched off.
+
+    Args:
+        unet: the network.
+        path: a LoRA file, or a run folder.
+        names: which of the file's adapters to load, and what to call them; None loads all under their own names, with
+            a number behind where one is taken.
+        fingerprint: of the base in use; a note is given where the file names another one.
+
+    Returns:
+        What was added, by the names the adapters now have.
+
+    Raises:
+        UserError: not a LoRA of ours, one for another architecture, or a damaged one; the network is left as it was.
+    """
+    file = read_lora_header(path)
+    if fingerprint and file.fingerprint and file.fingerprint != fingerprint:
+        warnings.warn(
+            f"{file.path} was trained on another checkpoint ({file.base}): it will work, less exactly", stacklevel=2
+        )
+    tensors = read_checkpoint(file.path)
+    added: dict[str, LoRAEntry] = {}
+    try:
+        for name, entry in file.adapters.items():
+            if names is not None and name not in names:
+                continue
+            new, spec = names[name] if names else _free_name(unet, name), entry.spec
+            add_adapter(unet, new, spec.kind, spec.layers, spec.rank, alpha=spec.alpha, targets=spec.targets)
+            added[new] = entry
+            _fill(unet, new, name, tensors)
+        if tensors and names is None:
+            raise UserError(f"{len(tensors)} tensors belong to no adapter of its header, such as {next(iter(tensors))}")
+    except UserError as error:
+        for name in added:
+            remove_adapter(unet, name)
+        raise UserError(f"{file.path} does not fit this base: {error}") from error
+    return added
+
+
+def split_strength(argument: str) -> tuple[str, float]:
+    """ "runs/teddy:0.8" -> ("runs/teddy", 0.8); without a number behind a colon the strength is 1."""
+    path, colon, strength = argument.rpartition(":")
+    try:
+        return (path, float(strength)) if colon and path else (argument, 1.0)
+    except ValueError:
+        return argument, 1.0
+
+
+def _free_name(unet: UNet3D, name: str) -> str:
+    taken = adapter_names(unet)
+    candidates = [name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))]
+    return next(candidate for candidate in candidates if candidate not in taken)
+
+
+def _fill(unet: UNet3D, adapter: str, name: str, tensors: dict[str, Tensor]) -> None:
+    """Move the tensors of `name` out of `tensors` and into the adapter."""
+    for module_name, module in adapter_modules(unet, adapter).items():
+        key = f"{name}.{UNET_DIFFUSERS.from_ours(module_name)}"
+        for parameter, suffix in ((module.A, "lora_A.weight"), (module.B, "lora_B.weight")):
+            tensor = tensors.pop(f"{key}.{suffix}", None)
+            if tensor is None:
+                raise UserError(f"it has no {key}.{suffix}")
+            if tensor.shape != parameter.shape:
+                shapes = f"{tuple(tensor.shape)}, and this network wants {tuple(parameter.shape)}"
+                raise UserError(f"{key}.{suffix} is {shapes}: it was made for another architecture")
+            if not torch.isfinite(tensor).all():
+                raise UserError(f"{key}.{suffix} holds numbers that are not finite")
+            parameter.data.copy_(tensor)

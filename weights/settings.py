@@ -1,0 +1,287 @@
+"""Settings of every command, one dataclass each, from flags or a YAML or JSON file or both; and how commands end."""
+
+import argparse
+import copy
+import dataclasses
+import difflib
+import math
+import os
+import re
+import shutil
+import sys
+import types
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+
+from model.errors import UserError
+from weights.files import write_json
+
+Settings = TypeVar("Settings")
+
+
+def parse_settings(
+    cls: type[Settings], argv: Sequence[str] | None = None, prog: str | None = None, description: str | None = None
+) -> Settings:
+    """Fill the dataclass `cls` from a command line, and from the file that `--config` names; flags win over the file.
+
+    Fields of list or tuple type take several words (`--seed 1 2 3`), a bool alone means true, `null` empties a field
+    that may be None. `--help` prints the docstring's `Args:` entries and leaves. Raises UserError for an unknown flag
+    or key (with the nearest known one), a flag given twice, a wrong type, a missing value, an unreadable file.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "-h" in words or "--help" in words:
+        _print_help(cls, prog, description)
+        raise SystemExit(0)
+    flags = _flags(cls, words)
+    config = flags.pop("config", None)
+    given = {} if config is None else _checked(cls, read_config(config), f"{config}: ")
+    return _build(cls, {**given, **_checked(cls, flags, "--")}, "--")
+
+
+def settings_from(cls: type[Settings], mapping: Mapping[str, Any], where: str) -> Settings:
+    """Fill the dataclass `cls` from a table, as parse_settings does from a file; `where` heads its error messages."""
+    return _build(cls, _checked(cls, mapping, f"{where}: "), f"{where}: ")
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Read a YAML or JSON table. Every plain value is text, except null: the settings' own types decide what it is."""
+    try:
+        table = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_TextLoader)
+    except OSError as error:
+        raise UserError(f"{path} could not be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(table, dict) or not all(isinstance(key, str) for key in table):
+        raise UserError(f"{path} does not hold settings: lines such as `steps: 500` were expected.")
+    return table
+
+
+def save_settings(path: str | Path, settings: Any) -> None:
+    """Write a settings dataclass as JSON, atomically; the file serves as `--config` again."""
+    write_json(path, dataclasses.asdict(settings))
+
+
+def run_command(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> NoReturn:
+    """Run an entry script's `main(argv)` and leave the process with its exit code.
+
+    0 or what `main` returned; 2 after a UserError or when memory ran out (one line on stderr, no traceback); 130 after
+    Ctrl-C. Warnings appear as one plain line each. Any other exception is a mistake of the program: it is shown whole.
+    """
+    warnings.showwarning = _show_warning
+    try:
+        code = main(argv) or 0
+        sys.stdout.flush()
+    except UserError as error:
+        code = _complain(f"error: {error}", 2)
+    except KeyboardInterrupt:
+        code = _complain("interrupted", 130)
+    except BrokenPipeError:
+        # the reader (`| head`) has left: nothing to say, and Python must not try to flush at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        code = _complain(
+            f"error: out of memory ({str(error).splitlines()[0] if str(error) else 'on the CPU'}). These flags lower "
+            "what is needed: fewer --num_frames, smaller --width and --height, --gradient_checkpointing, --dtype "
+            "float16 or bfloat16, a lower --rank.",
+            2,
+        )
+    sys.exit(code)
+
+
+class _TextLoader(yaml.SafeLoader):
+    """YAML without guesses: `1e-5`, `yes`, `2024-01-01` and `0123` all stay text; a key given twice is an error."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - yaml's own class attribute
+        first: [(tag, pattern) for tag, pattern in resolvers if tag == "tag:yaml.org,2002:null"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep=deep)
+
+
+def _flags(cls: type, words: list[str]) -> dict[str, Any]:
+    """Split `--name word word --other=word` into names and the text given to each."""
+    hints = {**_types(cls), "config": str}
+    given: dict[str, list[str]] = {}
+    name = ""
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            if name not in hints:
+                raise UserError(_unknown(name, hints, "--"))
+            if name in given:
+                several = f" Several values follow one flag: --{name} A B." if _is_list(hints[name]) else ""
+                raise UserError(f"--{name} was given twice; it is unclear which one counts.{several}")
+            given[name] = [value] if equals else []
+        elif not name:
+            raise UserError(
+                f"{word!r} stands alone: every value follows its flag, as in `--{next(iter(hints))} VALUE`."
+            )
+        else:
+            given[name].append(word)
+    return {name: _from_words(name, hints[name], values) for name, values in given.items()}
+
+
+def _from_words(name: str, hint: Any, words: list[str]) -> Any:
+    if words == ["null"] and _may_be_none(hint):
+        return None
+    if not words and hint is bool:
+        return True
+    if not words:
+        raise UserError(f"--{name} needs a value: {_describe(hint)}.")
+    if _is_list(hint):
+        return words
+    if len(words) > 1:
+        raise UserError(f"--{name} takes one value and got {len(words)}: {' '.join(words)}. Put quotes around text.")
+    return words[0]
+
+
+def _checked(cls: type, mapping: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values with the types that `cls` declares."""
+    hints = _types(cls)
+    for name in mapping:
+        if name not in hints:
+            raise UserError(_unknown(name, hints, where))
+    return {name: _typed(value, hints[name], where + name) for name, value in mapping.items()}
+
+
+def _typed(value: Any, hint: Any, label: str) -> Any:
+    if value is None and _may_be_none(hint):
+        return None
+    if get_origin(hint) is dict and isinstance(value, Mapping):
+        return dict(value)  # as it is: its values are some other dataclass's, and jsonargparse would guess their types
+    given = [value] if isinstance(value, str | int | float) and _is_list(hint) else value
+    checker = ArgumentParser(exit_on_error=False)
+    checker.add_argument("--value", type=hint)
+    try:
+        typed = checker.parse_object({"value": copy.deepcopy(given)}).value
+    except argparse.ArgumentError:
+        typed = None
+    if typed is None or (isinstance(typed, float) and not math.isfinite(typed)):
+        raise UserError(f"{label}: expected {_describe(hint)}, got {value!r}.")
+    return typed
+
+
+def _build(cls: type[Settings], values: dict[str, Any], where: str) -> Settings:
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if field.init and required and field.name not in values:
+            raise UserError(f"{where}{field.name} is missing: {_describe(_types(cls)[field.name])}.")
+    return cls(**values)
+
+
+def _unknown(name: str, known: Mapping[str, Any], where: str) -> str:
+    near = difflib.get_close_matches(name.replace("-", "_"), known, n=2, cutoff=0.6)
+    flag = "--" if where == "--" else ""
+    hint = f" Did you mean {' or '.join(flag + other for other in near)}?" if near else f" Known: {', '.join(known)}."
+    return f"{where}{name} is not a setting.{hint}"
+
+
+def _types(cls: type) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The types a hint allows, None left out."""
+    union = get_origin(hint) in (Union, types.UnionType)
+    return tuple(option for option in get_args(hint) if option is not types.NoneType) if union else (hint,)
+
+
+def _may_be_none(hint: Any) -> bool:
+    return types.NoneType in get_args(hint)
+
+
+def _is_list(hint: Any) -> bool:
+    return any(get_origin(option) in (list, tuple) for option in _options(hint))
+
+
+def _describe(hint: Any) -> str:
+    """The type in words: "one or more whole numbers"."""
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        Path: "a path",
+        dict: "a table",
+    }
+    plural = {int: "whole numbers", float: "numbers", str: "texts", Path: "paths"}
+
+    def one(option: Any) -> str:
+        if get_origin(option) in (list, tuple):
+            return f"one or more {plural.get(get_args(option)[0], 'values')}"
+        if get_origin(option) is Literal:
+            return f"one of {', '.join(map(str, get_args(option)))}"
+        return words.get(get_origin(option) or option, str(option))
+
+    return " or ".join(map(one, _options(hint)))
+
+
+def _print_help(cls: type, prog: str | None, description: str | None) -> None:
+    hints = {"config": Path, **_types(cls)}
+
+    class Formatter(argparse.HelpFormatter):
+        """Flag, value and default on one line where they fit, without types in Python's words."""
+
+        def __init__(self, prog: str, **options: Any) -> None:
+            width = min(110, shutil.get_terminal_size().columns)
+            super().__init__(prog, **{**options, "max_help_position": 28, "width": width})
+
+        def _format_action_invocation(self, action: argparse.Action) -> str:
+            hint = hints.get(action.dest)
+            values = "{true,false}" if action.default is True else _metavar(hint)
+            return f"--{action.dest} {values}".rstrip() if hint else ", ".join(action.option_strings)
+
+        def _get_help_string(self, action: argparse.Action) -> str:
+            default = action.default
+            words = " ".join(map(str, default if isinstance(default, list | tuple) else [default]))
+            shown = default if isinstance(default, bool) else default not in (None, "", [], (), {})
+            end = " (required)" if action.required else f" (default: {words})" if action.dest in hints and shown else ""
+            return (re.sub(r"(?<!\.)\.$", "", action.help or "") + end).replace("%", "%%")
+
+    usage = "%(prog)s [--config FILE] [--FLAG VALUE ...]"
+    parser = ArgumentParser(prog=prog, usage=usage, description=description, formatter_class=Formatter)
+    parser.add_argument("--config", help="a YAML or JSON file of these settings; flags win over it")
+    parser.add_class_arguments(cls, as_group=False)
+    parser.print_help()
+
+
+def _metavar(hint: Any) -> str:
+    option = _options(hint)[0]
+    if get_origin(option) is Literal:
+        return "{" + ",".join(map(str, get_args(option))) + "}"
+    if get_origin(option) in (list, tuple):
+        return _metavar(get_args(option)[0]) + " ..."
+    return {int: "N", float: "X", bool: "", Path: "FILE", dict: "{...}"}.get(get_origin(option) or option, "TEXT")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or (
+        "out of memory" in text or "can't allocate memory" in text
+    )
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _complain(message: str, code: int) -> int:
+    print(message, file=sys.stderr)
+    return code

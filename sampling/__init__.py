@@ -3,7 +3,7 @@
 from sampling.ddim import ddim_sample, ddim_step
 from sampling.guidance import guided
 from sampling.media import check_size, image_files, read_image, read_video
-from sampling.sample import decode, draw_noise, encode, evaluating, generate, sample_latents
+from sampling.sample import decode, draw_noise, encode, evaluating, sample_latents, sample_videos
 from sampling.write import contact_sheet, write_media
 
 __all__ = [
@@ -15,11 +15,11 @@ __all__ = [
     "draw_noise",
     "encode",
     "evaluating",
-    "generate",
     "guided",
     "image_files",
     "read_image",
     "read_video",
     "sample_latents",
+    "sample_videos",
     "write_media",
 ]

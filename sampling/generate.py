@@ -8,7 +8,7 @@ from typing import Literal
 
 from lora import adapters, remove_adapter
 from model import UserError
-from sampling.sample import generate
+from sampling.sample import sample_videos
 from sampling.write import check_writable, write_media
 from weights import (
     Base,
@@ -81,7 +81,7 @@ def generate_files(settings: GenerateSettings, base: Base | None = None) -> list
             batch = jobs[first : first + settings.batch_size]
             prompts, seeds, files = zip(*batch, strict=True)
             label = f"clip {first + 1} to {first + len(batch)} of {len(jobs)}" if len(jobs) > 1 else "sampling"
-            for file, video in zip(files, generate(base, prompts, seeds, progress=label, **options), strict=True):
+            for file, video in zip(files, sample_videos(base, prompts, seeds, progress=label, **options), strict=True):
                 write_media(file, video, fps=settings.fps or base.recipe.fps)
                 print(f"wrote {file}")
     save_settings(settings_file(settings), settings)

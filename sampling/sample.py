@@ -86,7 +86,7 @@ def sample_latents(
         )
 
 
-def generate(
+def sample_videos(
     base: Base, prompts: Sequence[str], seeds: Sequence[int], negative_prompt: str = "", **options: Any
 ) -> Tensor:
     """Sample one clip for each prompt with the adapters that are on.

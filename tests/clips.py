@@ -42,7 +42,8 @@ def to_bytes(pixels: torch.Tensor) -> np.ndarray:
 def write_clip(path: Path, pictures, times=None, *, tick=Fraction(1, 10), codec="png", setup=None, **options) -> Path:
     """Encode pictures (h, w, 3) uint8, the i-th at `times[i]` ticks."""
     pix_fmt = LOSSLESS.get(codec, "yuv420p")
-    with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
+    front = {"movflags": "+faststart"} if path.suffix in (".mp4", ".mov") else {}
+    with av.open(str(path), "w", options=front) as container:
         stream = container.add_stream(codec, rate=1 / tick, options=options)
         stream.height, stream.width, stream.pix_fmt = *pictures[0].shape[:2], pix_fmt
         stream.codec_context.time_base = tick

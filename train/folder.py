@@ -89,6 +89,7 @@ class RunFolder:
             UserError: the state is damaged.
         """
         if not self.state.is_file():
+            self._cut_log(0)
             return 0
         try:
             state = load_torch(self.state, container_of(self.state), "cpu")
@@ -123,11 +124,15 @@ class RunFolder:
         """Add a row to `log.csv`: step, losses, seconds."""
         fields = {"step": step, **{name: f"{value:.6g}" for name, value in losses.items()}, "seconds": f"{seconds:.3f}"}
         new = not self.log_file.is_file()
-        with open(self.log_file, "a", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(fields), lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(fields)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with open(self.log_file, "a", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, list(fields), lineterminator="\n")
+                if new:
+                    writer.writeheader()
+                writer.writerow(fields)
+        except OSError as error:
+            raise UserError(f"{self.log_file} could not be written: {error}") from error
 
     def lost(self, what: str) -> str:
         """The message for a run that cannot go on: what happened, what is kept, and what helps."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from lion_pytorch import Lion
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 from lora import adapter_parameters, adapters
@@ -59,7 +60,7 @@ def train(
         preview: called after every `preview_every` steps with their number.
 
     Raises:
-        UserError: a loss or a weight stopped being finite; the last good state stays on disk.
+        UserError: a loss or its gradient stopped being finite; the last good state stays on disk.
         KeyboardInterrupt: the run was asked to stop; its state is saved.
     """
     parameters = [p for name in names for p in adapter_parameters(unet, name)]
@@ -79,6 +80,10 @@ def train(
                 if not math.isfinite(values[name]):
                     raise UserError(folder.lost(f"the {name} is {values[name]} at step {step}"))
                 scaler.scale(loss).backward()
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            # Lion takes signs: a gradient of NaN would not show in the weights, only end their training.
+            if not scaler.is_enabled() and not torch.isfinite(get_total_norm(gradients)):
+                raise UserError(folder.lost(f"the gradient stopped being finite at step {step}"))
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -87,8 +92,6 @@ def train(
             folder.log(step, values, time.perf_counter() - started)
             bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
             if done % settings.save_every == 0 or done == settings.steps or stop.is_set():
-                if not all(torch.isfinite(p).all() for p in parameters):
-                    raise UserError(folder.lost(f"the adapter's weights stopped being finite by step {step}"))
                 folder.save(done, parameters, optimizer, scaler)
             if stop.is_set():
                 raise KeyboardInterrupt

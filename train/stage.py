@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora import add_adapter, remove_adapter
 from model import LatentDistribution, NoiseSchedule, UNet3D
-from sampling import generate, write_media
+from sampling import sample_videos, write_media
 from train.folder import RunFolder
 from train.loop import Losses, derived_seed, train
 from train.settings import TrainSettings
@@ -120,11 +120,12 @@ def run_stage(
     Raises:
         UserError: an --out of another run, or a loss that is not finite.
     """
+    loop = settings.loop()
     folder.begin(settings, inputs, base)
     leave_device(base)
     base.unet.gradient_checkpointing(settings.gradient_checkpointing)
     prompt = settings.preview_prompt or next(iter(words.values()))[0]
-    train(base.unet, list(words), losses, settings.loop(), folder, previewer(base, settings, folder, prompt))
+    train(base.unet, list(words), losses, loop, folder, previewer(base, settings, folder, prompt))
     if measure is not None:
         write_json(folder.path / "report.json", measure())
     folder.finish(base, words, settings)
@@ -136,7 +137,7 @@ def previewer(base: Base, settings: TrainSettings, folder: RunFolder, prompt: st
 
     def preview(done: int) -> None:
         moving = base.unet.config.motion is not None
-        video = generate(
+        video = sample_videos(
             base,
             [prompt],
             [settings.seed],

@@ -5,6 +5,8 @@ version, base, settings, and for each adapter kind, layers, rank, alpha, targets
 """
 
 import json
+import math
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -93,6 +95,8 @@ def lora_path(path: str | Path) -> Path:
         UserError: nothing is there, or the run is not finished.
     """
     path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist: a LoRA file or a run folder was expected")
     if not path.is_dir():
         return path
     if not (path / FILE_NAME).is_file():
@@ -122,7 +126,7 @@ def read_lora_header(path: str | Path) -> LoRAFile:
                     kind=str(entry["kind"]),
                     layers=tuple(int(i) for i in entry["layers"]),
                     rank=int(entry["rank"]),
-                    alpha=float(entry["alpha"]),
+                    alpha=_finite(entry["alpha"]),
                     targets=str(entry["targets"]),
                 ),
                 str(entry["prompt"]),
@@ -168,6 +172,13 @@ def load_lora(
             if names is not None and name not in names:
                 continue
             new, spec = names[name] if names else _free_name(unet, name), entry.spec
+            ranks = {
+                t.shape[0] for key, t in tensors.items() if re.fullmatch(rf"{re.escape(name)}\..*lora_A\.weight", key)
+            }
+            if ranks != {spec.rank}:
+                raise UserError(
+                    f"its header says rank {spec.rank} for {name!r}, and its tensors say {ranks or 'nothing'}"
+                )
             add_adapter(unet, new, spec.kind, spec.layers, spec.rank, alpha=spec.alpha, targets=spec.targets)
             added[new] = entry
             _fill(unet, new, name, tensors)
@@ -181,12 +192,27 @@ def load_lora(
 
 
 def split_strength(argument: str) -> tuple[str, float]:
-    """ "runs/teddy:0.8" -> ("runs/teddy", 0.8); without a number behind a colon the strength is 1."""
-    path, colon, strength = argument.rpartition(":")
+    """ "runs/teddy:0.8" -> ("runs/teddy", 0.8); without a number behind a colon the strength is 1.
+
+    Raises:
+        UserError: a strength that is not finite.
+    """
+    path, _, text = argument.rpartition(":")
     try:
-        return (path, float(strength)) if colon and path else (argument, 1.0)
+        strength = float(text)
     except ValueError:
         return argument, 1.0
+    if not path:
+        return argument, 1.0
+    if not math.isfinite(strength):
+        raise UserError(f"{argument}: the strength of a LoRA must be a finite number")
+    return path, strength
+
+
+def _finite(value: Any) -> float:
+    if not math.isfinite(float(value)):
+        raise ValueError(f"{value} is not finite")
+    return float(value)
 
 
 def _free_name(unet: UNet3D, name: str) -> str:

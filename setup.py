@@ -20,7 +20,7 @@ setup(
         "safetensors>=0.4.5",
         "einops>=0.8",
         "lion-pytorch>=0.2",
-        "av>=14",
+        "av>=17",
         "numpy>=1.26",
         "tqdm",
         "huggingface_hub",

@@ -198,6 +198,8 @@ def _opened(path: Path, kind: str) -> Iterator[tuple[Any, Any]]:
                 stream = container.streams.best("video")
                 if stream is None:
                     raise UserError(f"{path} holds no pictures, only sound or text.")
+                if stream.codec_context is None:  # PyAV 17 would crash
+                    raise UserError(f"{path} holds pictures of a format that FFmpeg cannot decode, or is damaged.")
                 yield container, stream
     except av.FFmpegError as error:
         raise UserError(
@@ -210,7 +212,7 @@ def _opened(path: Path, kind: str) -> Iterator[tuple[Any, Any]]:
 
 def _on_show(container: Any, stream: Any, path: Path, start: float) -> Iterator[tuple[Any, float, float]]:
     """Frames from the one on show at `start` on -> (frame, begin, end), in seconds from the clip's beginning."""
-    stream.thread_type = "SLICE"  # FFmpeg's frame threads drop damaged frames in silence
+    stream.thread_type = "SLICE"  # frame threads swallow the errors of a clip's last frames
     tick = float(stream.time_base)
     usual = 1 / float(stream.average_rate or 25)
     origin = stream.start_time or 0
@@ -223,7 +225,7 @@ def _on_show(container: Any, stream: Any, path: Path, start: float) -> Iterator[
         if frame.is_corrupt:
             raise UserError(f"{path} is damaged at {max(begin + usual, 0.0):.2f} s: FFmpeg cannot decode that frame.")
         time = begin + usual if frame.pts is None else (frame.pts - origin) * tick
-        if held is None and getattr(frame, "color_trc", None) in HDR:
+        if held is None and frame.color_trc in HDR:
             warnings.warn(f"{path} is HDR ({HDR[frame.color_trc]}), read without tone mapping: pale.", stacklevel=3)
         if held is not None and time - min(tick, (time - begin) / 4) > start:
             yield held, begin, time

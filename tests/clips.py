@@ -14,6 +14,7 @@ NOT_PICTURES = {
     "zeros": bytes(4000),
     "web page": b"<!DOCTYPE html><html><body>404</body></html>",
     "LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4599\n",
+    "a drawing": b'<svg xmlns="http://www.w3.org/2000/svg" width="64" height="64"></svg>',
     "half a header": b"\xff\xd8\xff\xe0",
 }
 HEIGHT, WIDTH = 48, 80

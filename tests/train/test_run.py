@@ -1,0 +1,105 @@
+"""All steps from one file, and what is done is skipped."""
+
+import pytest
+import torch
+import yaml
+from clips import smooth
+
+import train.run as module
+from model import UserError
+from sampling import read_video, write_media
+from train.run import RunSettings, main, run
+
+
+@pytest.fixture
+def config(files, tmp_path):
+    """A run file of few steps on the narrow base, and the material it names."""
+    (tmp_path / "photos").mkdir()
+    smooth().save(tmp_path / "photos" / "a.png")
+    write_media(tmp_path / "clip.mp4", torch.rand(3, 3, 32, 32) * 2 - 1, fps=8)
+    table = {
+        **files.flags(),
+        "out": str(tmp_path / "run"),
+        "height": 32,
+        "width": 32,
+        "num_frames": 2,
+        "appearance": {"images": str(tmp_path / "photos"), "prompt": "a teddy bear", "steps": 1, "rank": 2},
+        "motion": {"video": str(tmp_path / "clip.mp4"), "prompt": "a man runs", "steps": 1, "rank": 2},
+        "ttt": {"prompt": "a teddy bear runs", "steps": 1, "reference_steps": 1},
+        "generate": {"steps": 2, "seed": [1, 2]},
+    }
+
+    def write(**changes):
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump({**table, **changes}))
+        return ["--config", str(path)]
+
+    write.table = table
+    return write
+
+
+def test_one_file_gives_both_loras_and_the_clips(config, tmp_path, capsys):
+    main(config())
+    found = {str(file.relative_to(tmp_path / "run")) for file in (tmp_path / "run").glob("**/*") if file.is_file()}
+    folder = {"settings.json", "inputs.json", "log.csv", "lora.safetensors"}
+    assert found == {
+        *(f"appearance/{name}" for name in folder),
+        *(f"motion/{name}" for name in folder),
+        *(f"ttt/{name}" for name in {*folder, "report.json"}),
+        "video-1-seed1.mp4",
+        "video-1-seed2.mp4",
+        "video.json",
+    }
+    clips = [read_video(tmp_path / "run" / f"video-1-seed{seed}.mp4", 2, 32, 32) for seed in (1, 2)]
+    assert not torch.equal(*clips)
+
+
+def test_what_is_done_is_skipped_without_loading_the_base(config, tmp_path, monkeypatch, capsys):
+    main(config())
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run").glob("**/*")}
+
+    def fail(settings):
+        raise AssertionError("the base was loaded")
+
+    monkeypatch.setattr(module, "open_base", fail)
+    capsys.readouterr()
+    main(config())
+    assert capsys.readouterr().out.count("(was done)") == 5
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "run").glob("**/*")} == before
+
+
+def test_only_what_is_missing_is_done_again(config, tmp_path, capsys):
+    main(config())
+    kept = (tmp_path / "run" / "ttt" / "lora.safetensors").stat().st_mtime_ns
+    main(config(generate={"steps": 2, "seed": [3]}))
+    assert (tmp_path / "run" / "video.mp4").is_file()
+    assert (tmp_path / "run" / "ttt" / "lora.safetensors").stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"appearance": {"images": "x", "prompt": "y", "stepz": 1}}, "appearance: stepz.* steps"),
+        ({"motion": {"prompt": "y"}}, "motion: video"),
+        ({"ttt": {"prompt": "y", "base": "z"}}, "ttt: base must be the same for all steps"),
+        ({"generate": {"steps": "many"}}, "generate: steps"),
+        ({"bases": "x"}, "bases"),
+        ({"height": 100}, "104"),
+    ],
+)
+def test_mistakes_anywhere_are_found_before_the_first_step(config, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        main(config(**changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_flags_win_over_the_file(config, tmp_path):
+    main([*config(), "--out", str(tmp_path / "elsewhere")])
+    assert (tmp_path / "elsewhere" / "ttt" / "lora.safetensors").is_file()
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_python_way_is_the_same(config, tmp_path):
+    clips = run(RunSettings(**config.table))
+    assert clips == [tmp_path / "run" / "video-1-seed1.mp4", tmp_path / "run" / "video-1-seed2.mp4"]
+    assert all(clip.is_file() for clip in clips)

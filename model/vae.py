@@ -36,6 +36,11 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype."""
+        return self.quant_conv.weight.dtype
+
     def encode(self, images: Tensor) -> Tensor:
         """images (b, 3, h, w) in [-1, 1] -> moments (b, 2 * c, h / 8, w / 8): means, then log variances; unscaled."""
         return self.quant_conv(self.encoder(images))
@@ -44,7 +49,7 @@ class AutoencoderKL(nn.Module):
         """Unscaled latents (b, c, h, w) -> images (b, 3, 8 * h, 8 * w), about [-1, 1]."""
         return self.decoder(self.post_quant_conv(latents))
 
-    def encode_latents(self, videos: Tensor, chunk: int = 8) -> LatentDistribution:
+    def encode_latents(self, videos: Tensor, chunk: int = 4) -> LatentDistribution:
         """The distribution of a clip's scaled latents, `chunk` frames at a time.
 
         Args:
@@ -68,7 +73,7 @@ class AutoencoderKL(nn.Module):
         std = torch.exp(0.5 * log_variance.clamp(-30, 20))
         return LatentDistribution(mean * self.config.scaling_factor, std * self.config.scaling_factor)
 
-    def decode_latents(self, latents: Tensor, chunk: int = 8) -> Tensor:
+    def decode_latents(self, latents: Tensor, chunk: int = 4) -> Tensor:
         """Scaled latents (b, c, f, h, w) -> videos (b, 3, f, 8 * h, 8 * w) in [-1, 1], `chunk` frames at a time."""
         frames = rearrange(latents, "b c f h w -> (b f) c h w") / self.config.scaling_factor
         images = torch.cat([self.decode(part) for part in frames.split(chunk)])

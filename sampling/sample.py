@@ -119,7 +119,7 @@ def encode(base: Base, prompts: Sequence[str]) -> Tensor:
 def decode(base: Base, latents: Tensor) -> Tensor:
     """Scaled latents (b, 4, f, h, w) -> frames (b, f, 3, 8 * h, 8 * w) float32 in [-1, 1] on the CPU."""
     with placed(base.vae, base.unet.device):
-        videos = base.vae.decode_latents(latents.to(base.unet.dtype))
+        videos = base.vae.decode_latents(latents.to(base.vae.dtype))
     return videos.transpose(1, 2).float().cpu()
 
 

@@ -84,8 +84,11 @@ def train(
             # Lion takes signs: a gradient of NaN would not show in the weights, only end their training.
             if not scaler.is_enabled() and not torch.isfinite(get_total_norm(gradients)):
                 raise UserError(folder.lost(f"the gradient stopped being finite at step {step}"))
+            scale = scaler.get_scale()
             scaler.step(optimizer)
             scaler.update()
+            if scaler.get_scale() < scale:
+                bar.write(f"step {step}: gradients overflow float16; it moves nothing, and the next are scaled down")
             optimizer.zero_grad()
 
             done = step + 1

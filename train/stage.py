@@ -23,7 +23,7 @@ def encode_videos(base: Base, videos: Tensor) -> LatentDistribution:
     Done once, before the first step: a step only draws from it.
     """
     with placed(base.vae, base.unet.device):
-        latents = base.vae.encode_latents(videos.to(base.unet.device, base.unet.dtype))
+        latents = base.vae.encode_latents(videos.to(base.unet.device, base.vae.dtype))
     return LatentDistribution(latents.mean.float(), latents.std.float())
 
 

@@ -151,7 +151,7 @@ def load_base(
         vae: a file or folder with another autoencoder than the base's own.
         tokenizer: a folder with CLIP's vocabulary; None: the base's own, else the hub's.
         device: where the weights go.
-        dtype: what they are cast to.
+        dtype: what they are cast to; the autoencoder stays float32 where this is bfloat16.
 
     Raises:
         UserError: a file is missing, damaged, of the wrong kind, or does not fit: the message says which, and more.
@@ -185,7 +185,8 @@ def load_base(
     fill(unet, parts["unet"], device, dtype, covers=lambda name: ".temporal." not in name)
     if motion is not None:
         fill(unet, motion, device, dtype, covers=lambda name: ".temporal." in name)
-    fill(autoencoder, parts["vae"], device, dtype)
+    # bfloat16 would be seen in the pictures: its steps are about a grey level
+    fill(autoencoder, parts["vae"], device, torch.float32 if dtype == torch.bfloat16 else dtype)
     fill(text.eval().clip, parts["text_encoder"], device, dtype)
     # the one buffer that files need not hold was made on the meta device
     text.clip.embeddings.position_ids = torch.arange(text.config.max_position_embeddings, device=device)[None]

@@ -21,7 +21,7 @@ from sampling.generate import GenerateSettings, generate_files
 from train.appearance import AppearanceSettings, train_appearance
 from train.motion import MotionSettings, train_motion
 from train.stage import encode_videos, predict
-from weights import read_lora_header
+from weights import load_base, read_lora_header
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +89,6 @@ def test_a_run_folder_holds_settings_log_and_lora(base, material, tmp_path, stag
 
 def test_appearance_trains_without_a_motion_module_on_each_picture_with_its_caption(files, material, tmp_path):
     """An image-only base gives the LoRA that the base with motion modules gives: they are bypassed."""
-    from conftest import load_base
-
     results = []
     for name, adapter in (("image", None), ("video", files.adapter)):
         base = load_base(files.folder, adapter)
@@ -245,8 +243,6 @@ def test_the_trigger_must_be_in_the_prompt(base, material, tmp_path):
 
 
 def test_motion_without_a_motion_module_says_what_to_give(files, material, tmp_path):
-    from conftest import load_base
-
     base = load_base(files.folder)
     with pytest.raises(UserError, match="--motion_module"):
         train_motion(motion(material, tmp_path / "run", num_frames=3, height=32, width=32), base)
@@ -299,3 +295,19 @@ def test_a_run_killed_at_a_random_step_ends_with_the_same_lora(base, files, mate
     expected, resumed = load_file(whole), load_file(tmp_path / "killed" / "lora.safetensors")
     assert all(torch.equal(expected[key], resumed[key]) for key in expected), f"killed after step {last}"
     assert not list((tmp_path / "killed").glob(".writing-*"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_bases_train_float32_loras_to_about_the_same_loss(base, files, material, tmp_path, dtype):
+    half = load_base(files.folder, files.adapter, dtype=dtype)
+    half.recipe = base.recipe
+    for stage, train in ((appearance, train_appearance), (motion, train_motion)):
+        losses = []
+        for its, loaded in (("exact", base), ("half", half)):
+            out = tmp_path / f"{stage.__name__}-{its}"
+            tensors = load_file(train(stage(material, out, steps=12, learning_rate=1e-5), loaded))
+            assert all(value.dtype == torch.float32 and value.any() for value in tensors.values())
+            rows = (out / "log.csv").read_text().splitlines()[1:]
+            losses.append([float(row.split(",")[1]) for row in rows])
+        assert losses[1] == pytest.approx(losses[0], rel=0.02)
+        assert losses[1] != losses[0]

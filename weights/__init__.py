@@ -1,9 +1,10 @@
 """Files in and out: bases, LoRAs, settings."""
 
+from weights.device import placed
 from weights.files import atomic_write, read_checkpoint, read_header, read_json, sha256, write_json
 from weights.load import Base, load_base
 from weights.lora import LoRAEntry, LoRAFile, load_lora, lora_path, read_lora_header, save_lora, split_strength
-from weights.open import BaseSettings, open_base, placed
+from weights.open import BaseSettings, open_base
 from weights.settings import parse_settings, run_command, save_settings, settings_from
 
 __all__ = [

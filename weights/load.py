@@ -17,6 +17,7 @@ from transformers import CLIPTokenizer
 from model import AutoencoderKL, NoiseSchedule, Recipe, TextEncoder, UNet3D, UserError
 from weights.configs import motion_config, text_config, unet_config, vae_config
 from weights.detect import FileKind, detect, detect_tensors, refuse
+from weights.device import choose_device, default_dtype
 from weights.files import read_checkpoint
 from weights.keymaps import (
     IGNORED_IN_BASE,
@@ -136,8 +137,8 @@ def load_base(
     motion_module: str | Path | None = None,
     vae: str | Path | None = None,
     tokenizer: str | Path | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Base:
     """Load a Stable Diffusion 1.5 checkpoint, with AnimateDiff's motion modules if they are given.
 
@@ -150,8 +151,9 @@ def load_base(
         motion_module: AnimateDiff's file (v1, v2, v3) or a diffusers MotionAdapter folder; None: an image-only UNet.
         vae: a file or folder with another autoencoder than the base's own.
         tokenizer: a folder with CLIP's vocabulary; None: the base's own, else the hub's.
-        device: where the weights go.
-        dtype: what they are cast to; the autoencoder stays float32 where this is bfloat16.
+        device: where the weights go; None: to CUDA if there is one.
+        dtype: what they are cast to; None: bfloat16 on CUDA (float16 on cards without), float32 on the CPU. The
+            autoencoder stays float32 where this is bfloat16.
 
     Raises:
         UserError: a file is missing, damaged, of the wrong kind, or does not fit: the message says which, and more.
@@ -161,6 +163,8 @@ def load_base(
             "this version ships no tiny base yet: name a Stable Diffusion 1.5 checkpoint (a diffusers folder, a "
             ".safetensors or a .ckpt file)"
         )
+    device = choose_device(device)
+    dtype = default_dtype(device) if dtype is None else dtype
     source = _resolve(path)
     folder = _tokenizer_folder(source, tokenizer)
     parts = _read_base(source)

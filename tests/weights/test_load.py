@@ -115,7 +115,10 @@ def test_a_base_is_frozen_and_named_and_has_animatediffs_schedule(base, folder, 
 
 def test_weights_are_cast(folder, motion_file):
     cast = load_base(folder, motion_file, dtype=torch.bfloat16)
-    assert {tensor.dtype for tensor in state(cast).values()} == {torch.bfloat16}
+    assert {p.dtype for network in (cast.unet, cast.text) for p in network.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in cast.vae.parameters()} == {torch.float32}  # in bfloat16 its pictures would show steps
+    half = load_base(folder, motion_file, dtype=torch.float16)
+    assert {tensor.dtype for tensor in state(half).values()} == {torch.float16}
     assert cast.encode(["a cat"]).dtype == cast.dtype == torch.bfloat16
     assert cast.device == torch.device("cpu")
 

@@ -7,6 +7,9 @@ from torch import Tensor, nn
 from model.attention import TransformerBlock, sinusoid
 from model.config import MotionConfig
 
+# CUDA's attention kernels take no more than 65535 sequences at once; a batch of clips may have more positions.
+MOST_POSITIONS = 32768
+
 
 class TemporalBlock(TransformerBlock):
     """Two self-attentions over the frames; the position is added to what each of them sees."""
@@ -36,7 +39,8 @@ class MotionModule(nn.Module):
         tokens = self.proj_in(rearrange(normed, "(b f) c h w -> (b h w) f c", f=frames))
         position = frame_encoding(frames, tokens)
         for block in self.transformer_blocks:
-            tokens = block(tokens, position)
+            parts = tokens.split(MOST_POSITIONS)
+            tokens = block(tokens, position) if len(parts) == 1 else torch.cat([block(p, position) for p in parts])
         out = rearrange(self.proj_out(tokens), "(b h w) f c -> (b f) c h w", h=height, w=width)
         return hidden + out
 

@@ -3,7 +3,7 @@
 from sampling.ddim import ddim_sample, ddim_step
 from sampling.guidance import guided
 from sampling.media import check_size, image_files, read_image, read_video
-from sampling.sample import decode, draw_noise, encode, evaluating, sample_latents, sample_videos
+from sampling.sample import decode, derived_seed, draw_noise, encode, evaluating, sample_latents, sample_videos
 from sampling.write import contact_sheet, write_media
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "ddim_sample",
     "ddim_step",
     "decode",
+    "derived_seed",
     "draw_noise",
     "encode",
     "evaluating",

@@ -19,6 +19,7 @@ from weights import (
     run_command,
     save_settings,
     split_strength,
+    with_source,
 )
 
 
@@ -72,6 +73,7 @@ def generate_files(settings: GenerateSettings, base: Base | None = None) -> list
     Raises:
         UserError: bad settings or files, or sampling that failed; clips written before it are whole.
     """
+    settings = with_source(settings, base)
     jobs = clip_files(settings)
     base = base or open_base(settings)
     options = {name: getattr(settings, name) for name in ("num_frames", "height", "width", "steps", "guidance_scale")}
@@ -126,7 +128,7 @@ def loaded_loras(base: Base, arguments: Sequence[str]) -> Iterator[None]:
     try:
         for argument in arguments:
             path, strength = split_strength(argument)
-            scales |= dict.fromkeys(load_lora(base.unet, path, fingerprint=base.fingerprint), strength)
+            scales |= dict.fromkeys(load_lora(base.unet, path, fingerprints=base.fingerprints), strength)
         with adapters(base.unet, scales):
             yield
     finally:

@@ -1,5 +1,6 @@
 """From prompts and seeds to latents and frames: what the commands, previews and test-time training sample with."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -112,7 +113,7 @@ def sample_videos(
 def encode(base: Base, prompts: Sequence[str]) -> Tensor:
     """Embeddings (b, n, d) of the prompts, where and how the UNet wants them."""
     with placed(base.text, base.unet.device):
-        return base.encode(list(prompts)).to(base.unet.device, base.unet.dtype)
+        return base.embed(prompts).to(base.unet.device, base.unet.dtype)
 
 
 @torch.no_grad()
@@ -139,11 +140,24 @@ def draw_noise(seed: int, shape: tuple[int, ...], stream: int = 0, shared: bool 
     """Standard normal noise (1, *shape), float32, drawn on the CPU: the same for a seed everywhere.
 
     Args:
-        seed: any whole number.
+        seed: from 0 to 2^32 - 1; the noise is the one that diffusers draws from it.
         shape: (c, f, h, w).
         stream: 0 is where sampling starts; the others serve the steps of DDIM with eta above 0.
         shared: all frames get the first one's noise.
+
+    Raises:
+        UserError: a seed out of range.
     """
-    generator = torch.Generator().manual_seed(seed * 2**20 + stream)
-    noise = torch.randn(1, *shape, generator=generator)
+    if not 0 <= seed < 2**32:
+        raise UserError(f"a seed must be a whole number from 0 to {2**32 - 1}, and {seed} is not")
+    number = derived_seed(seed, "sampling", stream) if stream else seed
+    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(number))
     return noise[:, :, :1].expand_as(noise).contiguous() if shared else noise
+
+
+def derived_seed(*parts: int | str) -> int:
+    """A seed in [0, 2^32) that depends on all the parts (a run's seed, what it is for, a step) and on nothing else.
+
+    torch's generator on the CPU takes no more than 32 bits in.
+    """
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "little")

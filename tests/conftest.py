@@ -19,6 +19,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 
 
+def pytest_configure(config):
+    """Oracles are computed on the CPU: a GPU is hidden from all but the tests that ask for one."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
@@ -33,7 +39,7 @@ class Files:
 
     def flags(self) -> dict[str, str]:
         """What a command is given to use it."""
-        return {"base": str(self.folder), "motion_module": str(self.adapter)}
+        return {"base": str(self.folder), "motion_module": str(self.adapter), "device": "cpu"}
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +53,7 @@ def base(files) -> Base:
     """The narrow base, with a recipe of few steps on small clips."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        loaded = load_base(files.folder, files.adapter)
+        loaded = load_base(files.folder, files.adapter, device="cpu")
     small = {"rank": 4, "num_frames": 3, "height": 32, "width": 32, "sampling_steps": 3, "reference_steps": 2}
     loaded.recipe = replace(loaded.recipe, **small)
     return loaded

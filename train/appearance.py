@@ -19,7 +19,7 @@ from train.folder import RunFolder
 from train.losses import noise_loss
 from train.settings import AdapterSettings, filled
 from train.stage import draw, encode_videos, predict, train_adapter
-from weights import Base, open_base, parse_settings, run_command
+from weights import Base, open_base, parse_settings, run_command, with_source
 
 
 @dataclass(kw_only=True)
@@ -55,6 +55,7 @@ def train_appearance(settings: AppearanceSettings, base: Base | None = None) -> 
     if settings.trigger not in settings.prompt:
         raise UserError(f"the trigger {settings.trigger!r} is not in the prompt {settings.prompt!r}")
     folder, inputs = RunFolder(settings.out), subject_files(settings.images)
+    settings = with_source(settings, base)
     if folder.is_done(settings, inputs):
         return folder.lora
 
@@ -77,7 +78,7 @@ def with_defaults(settings: AppearanceSettings, base: Base) -> Any:
     recipe = base.recipe
     return filled(
         settings,
-        recipe,
+        base,
         layers=list(recipe.appearance_layers),
         steps=recipe.appearance_steps,
         learning_rate=recipe.appearance_learning_rate,

@@ -1,5 +1,6 @@
 """A run's folder: `settings.json`, `inputs.json`, `log.csv`, `previews/`, `state.pt` while it lasts, the LoRA."""
 
+import copy
 import csv
 import dataclasses
 import json
@@ -17,7 +18,8 @@ from weights.lora import FILE_NAME
 from weights.unpickle import load_torch
 
 # Settings that change nothing about the result.
-FREE = ("out", "device", "save_every", "preview_every", "gradient_checkpointing")
+FREE = ("out", "device", "save_every", "preview_every", "preview_prompt", "gradient_checkpointing")
+PARTS = {"unet", "motion_module", "vae", "text_encoder"}  # of a base, as `Base.fingerprints` names them
 
 
 class RunFolder:
@@ -28,56 +30,35 @@ class RunFolder:
         self.lora = self.path / FILE_NAME
         self.state = self.path / "state.pt"
         self.log_file = self.path / "log.csv"
+        self.left_out: list[str] = []
 
     def is_done(self, settings: Any, inputs: Mapping[str, Path]) -> bool:
-        """Whether this very run is over and its LoRA is written; see `check` for what is an error."""
-        self.check(settings, inputs)
-        return self.lora.is_file()
-
-    def check(self, settings: Any, inputs: Mapping[str, Path], base: Base | None = None) -> dict[str, str]:
-        """See that the folder is free, or that of this very run; a setting of None fits anything.
+        """Whether this very run, as it was asked for, is over and its LoRA is written.
 
         Args:
-            settings: the run's settings, a dataclass.
+            settings: as given, a dataclass; what was left to the base (None) must have been left to it before.
             inputs: files that the result depends on, by what they are called; their contents count.
-            base: the base, once it is loaded.
-
-        Returns:
-            What tells the inputs and the base from others.
 
         Raises:
             UserError: the folder belongs to a run with other settings or inputs, or to something else.
         """
-        present = {name: sha256(path) for name, path in inputs.items()}
-        if base is not None:
-            present["base"] = base.fingerprint
-        if self.path.is_file():
-            raise UserError(f"{self.path} is a file: give --out the name of a new folder")
-        if not self._is_run():
-            strangers = [path.name for path in self._files() if path.name != "inputs.json"]
-            if strangers:
-                raise UserError(f"{self.path} is no run folder and holds {strangers[0]}: give --out a new name")
-            return present
-        before, now = read_json(self.path / "settings.json"), json.loads(json.dumps(dataclasses.asdict(settings)))
-        changed = [f"{key} ({before.get(key)} there, {now[key]} now)" for key in now if _differs(key, now, before)]
-        recorded = read_json(self.path / "inputs.json")
-        names = present.keys() | recorded.keys() - {"base"}
-        changed += [f"the contents of {name}" for name in sorted(names) if recorded.get(name) != present.get(name)]
-        if changed:
-            raise UserError(
-                f"{self.path} holds a run with other settings: {', '.join(changed)}. Give --out a new name, or delete "
-                "that folder if the run in it is not wanted any more"
-            )
-        return present
+        self.left_out = [key for key, value in dataclasses.asdict(settings).items() if value is None]
+        self._check(settings, {name: sha256(path) for name, path in inputs.items()})
+        if self.lora.is_file():
+            self._clean(self.state)
+        return self.lora.is_file()
 
     def begin(self, settings: Any, inputs: Mapping[str, Path], base: Base) -> None:
-        """Write down the settings, all filled in, and what the inputs hold; checked first as in `check`."""
-        present = self.check(settings, inputs, base)
-        if self.path.is_dir():
-            for leftover in self.path.glob(".writing-*"):  # of a run that was killed while it wrote
-                leftover.unlink()
+        """Write down the settings, all filled in, and what tells inputs and base from others.
+
+        Raises:
+            UserError: as `is_done`, and where the run was begun on another base.
+        """
+        present = {name: sha256(path) for name, path in inputs.items()} | base.fingerprints
+        self._check(settings, present)
+        self._clean()
         if not self._is_run():
-            write_json(self.path / "inputs.json", present)
+            write_json(self.path / "inputs.json", {"left to the base": self.left_out, "contents": present})
             save_settings(self.path / "settings.json", settings)
 
     def restore(
@@ -92,7 +73,7 @@ class RunFolder:
             self._cut_log(0)
             return 0
         try:
-            state = load_torch(self.state, container_of(self.state), "cpu")
+            state = copy.deepcopy(load_torch(self.state, container_of(self.state), "cpu"))  # off the mapped file
             for parameter, saved in zip(parameters, state["parameters"], strict=True):
                 parameter.data.copy_(saved)
             optimizer.load_state_dict(state["optimizer"])
@@ -123,7 +104,7 @@ class RunFolder:
     def log(self, step: int, losses: Mapping[str, float], seconds: float) -> None:
         """Add a row to `log.csv`: step, losses, seconds."""
         fields = {"step": step, **{name: f"{value:.6g}" for name, value in losses.items()}, "seconds": f"{seconds:.3f}"}
-        new = not self.log_file.is_file()
+        new = not self.log_file.is_file() or not self.log_file.stat().st_size
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with open(self.log_file, "a", encoding="utf-8", newline="") as file:
@@ -145,24 +126,45 @@ class RunFolder:
     def finish(self, base: Base, words: Mapping[str, tuple[str, str]], settings: Any) -> None:
         """Write the LoRA (see `save_lora` for `words`) and remove the state."""
         record = dataclasses.asdict(settings)
-        save_lora(self.lora, base.unet, words, base=base.name, fingerprint=base.fingerprint, settings=record)
+        save_lora(self.lora, base.unet, words, base=base.name, fingerprints=base.fingerprints, settings=record)
         self.state.unlink(missing_ok=True)
+
+    def _check(self, settings: Any, present: Mapping[str, str]) -> None:
+        if self.path.is_file():
+            raise UserError(f"{self.path} is a file: give --out the name of a new folder")
+        if not self._is_run():
+            strangers = {path.name for path in self.path.glob("*") if not path.name.startswith(".writing-")}
+            if strangers - {"inputs.json"}:
+                raise UserError(f"{self.path} is no run folder and holds {min(strangers)}: give --out a new name")
+            return
+        before, record = read_json(self.path / "settings.json"), read_json(self.path / "inputs.json")
+        now, left_out = json.loads(json.dumps(dataclasses.asdict(settings))), record["left to the base"]
+        changed = [
+            f"{key} ({before.get(key)} there, {'none given' if value is None else value} now)"
+            for key, value in now.items()
+            if key not in FREE and (value != before.get(key) if value is not None else key not in left_out)
+        ]
+        recorded = record["contents"]
+        names = present.keys() | recorded.keys() - PARTS
+        changed += [f"the contents of {name}" for name in sorted(names) if recorded.get(name) != present.get(name)]
+        if changed:
+            raise UserError(
+                f"{self.path} holds a run with other settings: {', '.join(changed)}. Give --out a new name, or delete "
+                "that folder if the run in it is not wanted any more"
+            )
 
     def _is_run(self) -> bool:
         return (self.path / "settings.json").is_file()
 
-    def _files(self) -> list[Path]:
-        """What lies in the folder, without what a killed run left half written."""
-        return [path for path in self.path.glob("*") if not path.name.startswith(".writing-")]
+    def _clean(self, *files: Path) -> None:
+        """Remove what a killed run left half written, and `files`."""
+        for path in (*self.path.glob(".writing-*"), *files):
+            path.unlink(missing_ok=True)
 
     def _cut_log(self, done: int) -> None:
         """Keep the rows of the first `done` steps: what a killed run logged beyond its state happens again."""
-        if self.log_file.is_file():
+        if self.log_file.is_file() and self.log_file.stat().st_size:
             head, *rows = self.log_file.read_text(encoding="utf-8").splitlines()
             kept = [row for row in rows if row.count(",") == head.count(",") and int(row.partition(",")[0]) < done]
             with atomic_write(self.log_file) as temporary:
                 temporary.write_text("\n".join([head, *kept]) + "\n", encoding="utf-8")
-
-
-def _differs(key: str, now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
-    return key not in FREE and now[key] is not None and before.get(key) != now[key]

@@ -4,7 +4,6 @@ All randomness of a step comes from (seed, step) alone. A run that was stopped, 
 and ends with the same weights, bit for bit on the CPU.
 """
 
-import hashlib
 import math
 import signal
 import threading
@@ -17,10 +16,12 @@ import torch
 from lion_pytorch import Lion
 from torch import Tensor
 from torch.nn.utils import get_total_norm
+from torch.random import fork_rng
 from tqdm import tqdm
 
 from lora import adapter_parameters, adapters
 from model import UNet3D, UserError
+from sampling import derived_seed
 from train.folder import RunFolder
 
 # (step, its CPU generator) -> named losses, each backpropagated before the next one is computed
@@ -65,46 +66,56 @@ def train(
     """
     parameters = [p for name in names for p in adapter_parameters(unet, name)]
     optimizer = Lion(parameters, lr=settings.learning_rate, betas=BETAS, weight_decay=settings.weight_decay)
-    # Half-precision activations underflow in float16 alone; the scaler is a no-op elsewhere.
+    # Gradients of half-precision activations underflow in float16 alone; elsewhere the scaler does nothing.
     scaler = torch.amp.GradScaler(unet.device.type, enabled=unet.dtype == torch.float16)
     done = folder.restore(parameters, optimizer, scaler)
 
-    with training(unet), adapters(unet, dict.fromkeys(names, 1.0)), stop_requests() as stop:
-        bar = tqdm(range(done, settings.steps), desc=folder.path.name, initial=done, total=settings.steps)
-        for step in bar:
-            started, values = time.perf_counter(), {}
-            torch.manual_seed(derived_seed(settings.seed, "dropout", step))
-            generator = torch.Generator().manual_seed(derived_seed(settings.seed, "step", step))
-            for name, loss in losses(step, generator):
-                values[name] = loss.item()
-                if not math.isfinite(values[name]):
-                    raise UserError(folder.lost(f"the {name} is {values[name]} at step {step}"))
-                scaler.scale(loss).backward()
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            # Lion takes signs: a gradient of NaN would not show in the weights, only end their training.
-            if not scaler.is_enabled() and not torch.isfinite(get_total_norm(gradients)):
-                raise UserError(folder.lost(f"the gradient stopped being finite at step {step}"))
-            scale = scaler.get_scale()
+    def backward(step: int) -> dict[str, float]:
+        """Leave the step's gradients in the parameters, and return its losses."""
+        torch.manual_seed(derived_seed(settings.seed, "dropout", step))
+        generator = torch.Generator().manual_seed(derived_seed(settings.seed, "step", step))
+        values = {}
+        for name, loss in losses(step, generator):
+            values[name] = loss.item()
+            if not math.isfinite(values[name]):
+                raise UserError(f"the {name} is {values[name]}")
+            scaler.scale(loss).backward()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        # Lion takes signs: a gradient of NaN would not show in the weights, only end their training.
+        if not scaler.is_enabled() and not torch.isfinite(get_total_norm(gradients)):
+            raise UserError("the gradient is not finite")
+        return values
+
+    def move(step: int) -> dict[str, float]:
+        """Take the step; where gradients overflow float16, again with smaller ones, until it moves something."""
+        while True:
+            values, scale = backward(step), scaler.get_scale()
             scaler.step(optimizer)
             scaler.update()
-            if scaler.get_scale() < scale:
-                bar.write(f"step {step}: gradients overflow float16; it moves nothing, and the next are scaled down")
             optimizer.zero_grad()
+            if scaler.get_scale() >= scale:
+                return values
+            if scaler.get_scale() < 1:
+                raise UserError("the gradient is not finite")
 
+    cuda = [unet.device] if unet.device.type == "cuda" else []
+    with training(unet), adapters(unet, dict.fromkeys(names, 1.0)), fork_rng(cuda), stop_requests() as stop:
+        bar = tqdm(range(done, settings.steps), desc=folder.path.name, initial=done, total=settings.steps)
+        for step in bar:
+            started = time.perf_counter()
+            try:
+                values = move(step)
+            except UserError as error:
+                raise UserError(folder.lost(f"step {step}: {error}")) from error
             done = step + 1
             folder.log(step, values, time.perf_counter() - started)
             bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
+            if preview is not None and settings.preview_every and done % settings.preview_every == 0:
+                preview(done)
             if done % settings.save_every == 0 or done == settings.steps or stop.is_set():
                 folder.save(done, parameters, optimizer, scaler)
             if stop.is_set():
                 raise KeyboardInterrupt
-            if preview is not None and settings.preview_every and done % settings.preview_every == 0:
-                preview(done)
-
-
-def derived_seed(*parts: int | str) -> int:
-    """A seed that depends on all the parts (a run's seed, what it is for, a step) and on nothing else."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:5], "little")
 
 
 @contextmanager

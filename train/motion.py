@@ -18,7 +18,7 @@ from train.folder import RunFolder
 from train.losses import motion_loss
 from train.settings import AdapterSettings, filled
 from train.stage import draw, encode_videos, predict, train_adapter
-from weights import Base, open_base, parse_settings, run_command
+from weights import Base, open_base, parse_settings, run_command, with_source
 
 
 @dataclass(kw_only=True)
@@ -55,6 +55,7 @@ def train_motion(settings: MotionSettings, base: Base | None = None) -> Path:
         UserError: bad settings or files, an --out of another run, or a loss that is not finite.
     """
     folder, inputs = RunFolder(settings.out), clip_files(settings.video)
+    settings = with_source(settings, base)
     if folder.is_done(settings, inputs):
         return folder.lora
 
@@ -77,7 +78,7 @@ def with_defaults(settings: MotionSettings, base: Base) -> Any:
     recipe = base.recipe
     return filled(
         settings,
-        recipe,
+        base,
         layers=list(recipe.motion_layers),
         steps=recipe.motion_steps,
         learning_rate=recipe.motion_learning_rate,

@@ -4,9 +4,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from model import Recipe, UserError
+from model import UserError
 from train.loop import LoopSettings
-from weights import BaseSettings
+from weights import Base, BaseSettings
 
 
 @dataclass(kw_only=True)
@@ -80,12 +80,14 @@ class AdapterSettings(TrainSettings):
     targets: Literal["blocks", "attention", "all"] = "blocks"
 
 
-def filled(settings: TrainSettings, recipe: Recipe, **defaults: Any) -> Any:
+def filled(settings: TrainSettings, base: Base, **defaults: Any) -> Any:
     """The settings with the base's own number, or the stage's (`defaults`), in place of every None that has one.
 
-    Typed Any, since the numbers that may be None in what a person gives are none any more.
+    What the base was loaded from is written down as well. Typed Any, since the numbers that may be None in what a
+    person gives are none any more.
     """
     shared = ("height", "width", "num_frames", "weight_decay", "dropout", "rank", "guidance_scale", "reference_steps")
-    defaults |= {name: getattr(recipe, name) for name in shared if hasattr(settings, name)}
+    defaults |= {name: getattr(base.recipe, name) for name in shared if hasattr(settings, name)}
     missing = {name: value for name, value in defaults.items() if getattr(settings, name) is None}
-    return dataclasses.replace(settings, **missing)
+    loaded: dict[str, Any] = {**base.source, "dtype": str(base.dtype).removeprefix("torch.")}
+    return dataclasses.replace(settings, **missing, **loaded)

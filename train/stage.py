@@ -1,6 +1,8 @@
 """What the stages share: latents drawn anew each step, the student's prediction, previews."""
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lora import add_adapter, remove_adapter
-from model import LatentDistribution, NoiseSchedule, UNet3D
-from sampling import sample_videos, write_media
+from model import LatentDistribution, NoiseSchedule, UNet3D, UserError
+from sampling import derived_seed, sample_videos, write_media
 from train.folder import RunFolder
-from train.loop import Losses, derived_seed, train
+from train.loop import Losses, train
 from train.settings import TrainSettings
 from weights import Base, placed, write_json
 
@@ -27,10 +29,11 @@ def encode_videos(base: Base, videos: Tensor) -> LatentDistribution:
     return LatentDistribution(latents.mean.float(), latents.std.float())
 
 
-def leave_device(base: Base) -> None:
-    """Send the VAE and the text encoder to the CPU: the training steps need neither."""
-    base.vae.cpu()
-    base.text.cpu()
+@contextmanager
+def set_aside(base: Base) -> Iterator[None]:
+    """Within the block the VAE and the text encoder are on the CPU: the training steps need neither."""
+    with placed(base.vae, torch.device("cpu")), placed(base.text, torch.device("cpu")):
+        yield
 
 
 def draw(latents: LatentDistribution, generator: torch.Generator) -> Tensor:
@@ -122,12 +125,12 @@ def run_stage(
     """
     loop = settings.loop()
     folder.begin(settings, inputs, base)
-    leave_device(base)
     base.unet.gradient_checkpointing(settings.gradient_checkpointing)
     prompt = settings.preview_prompt or next(iter(words.values()))[0]
-    train(base.unet, list(words), losses, loop, folder, previewer(base, settings, folder, prompt))
-    if measure is not None:
-        write_json(folder.path / "report.json", measure())
+    with set_aside(base):
+        train(base.unet, list(words), losses, loop, folder, previewer(base, settings, folder, prompt))
+        if measure is not None:
+            write_json(folder.path / "report.json", measure())
     folder.finish(base, words, settings)
     return folder.lora
 
@@ -137,16 +140,13 @@ def previewer(base: Base, settings: TrainSettings, folder: RunFolder, prompt: st
 
     def preview(done: int) -> None:
         moving = base.unet.config.motion is not None
-        video = sample_videos(
-            base,
-            [prompt],
-            [settings.seed],
-            num_frames=settings.num_frames if moving else 1,
-            height=settings.height,
-            width=settings.width,
-            progress="preview",
-        )
+        sizes: dict[str, Any] = {"height": settings.height, "width": settings.width}
+        sizes["num_frames"] = settings.num_frames if moving else 1
         file = folder.path / "previews" / f"step-{done:05d}.{'mp4' if moving else 'png'}"
-        write_media(file, video[0], fps=base.recipe.fps)
+        try:
+            video = sample_videos(base, [prompt], [settings.seed], progress="preview", **sizes)
+            write_media(file, video[0], fps=base.recipe.fps)
+        except UserError as error:  # a picture that fails is no reason to lose the run
+            warnings.warn(f"no preview after step {done}: {error}", stacklevel=2)
 
     return preview

@@ -7,26 +7,36 @@ python -m train.ttt --base sd15.safetensors --motion_module v3_sd15_mm.ckpt --ap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lora import adapter_modules, adapter_parameters, adapters, copy_adapter, remove_adapter
+from lora import adapter_parameters, adapters, copy_adapter, remove_adapter
 from model import UserError
-from sampling import draw_noise, encode, evaluating, sample_latents
+from sampling import derived_seed, encode, sample_latents
 from train.folder import RunFolder
-from train.loop import derived_seed
 from train.losses import motion_loss, noise_loss
+from train.report import movement
 from train.settings import TrainSettings, filled
 from train.stage import normal, predict, run_stage
-from weights import Base, load_lora, lora_path, open_base, parse_settings, read_lora_header, run_command
+from weights import (
+    Base,
+    LoRAEntry,
+    load_lora,
+    lora_path,
+    open_base,
+    parse_settings,
+    read_lora_header,
+    run_command,
+    with_source,
+)
 
-KINDS = {"appearance": "spatial", "motion": "temporal"}
+KIND_OF = {"appearance": "spatial", "motion": "temporal"}
 # Adapters of the one UNet: these stay as they were trained, the student's copies have the plain names.
-REFERENCES = {"appearance": "appearance_reference", "motion": "motion_reference"}
+REFERENCE_OF = {"appearance": "appearance_reference", "motion": "motion_reference"}
 
 
 @dataclass(kw_only=True)
@@ -77,26 +87,34 @@ def train_ttt(settings: TTTSettings, base: Base | None = None) -> Path:
     Raises:
         UserError: bad settings or files, an --out of another run, or a loss that is not finite.
     """
-    folder, inputs = RunFolder(settings.out), {kind: lora_path(getattr(settings, kind)) for kind in KINDS}
+    folder, inputs = RunFolder(settings.out), {role: lora_path(getattr(settings, role)) for role in KIND_OF}
+    settings = with_source(settings, base)
     if folder.is_done(settings, inputs):
         return folder.lora
 
     base = base or open_base(settings)
-    full = with_defaults(settings, base)
-    prompts = {"appearance": full.appearance_prompt, "motion": full.motion_prompt, "student": full.prompt}
-    text = {role: encode(base, [prompt]) for role, prompt in {**prompts, "negative": ""}.items()}
-    student = partial_prediction if full.reference == "partial" else whole_prediction
+    trained = {role: the_one(inputs[role], role) for role in KIND_OF}
+    full = with_defaults(settings, base, {role: entry for role, (_, entry) in trained.items()})
+    prompts = {
+        "appearance": full.appearance_prompt,
+        "motion": full.motion_prompt,
+        "student": full.prompt,
+        "negative": "",
+    }
+    text = {role: encode(base, [prompt]) for role, prompt in prompts.items()}
     drawn = lru_cache(maxsize=1)(lambda step: references(base, full, text, step))
+    student = partial_prediction if full.reference == "partial" else whole_prediction
 
     def losses(step: int, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
         z_s, z_t = drawn(step - step % full.reference_every if full.reference_every else 0)
         yield "appearance_loss", noise_loss(*student(base, full, z_s, text["student"], generator))
-        prediction, target = student(base, full, z_t, text["student"], generator)
-        yield "motion_loss", motion_loss(prediction, target, generator, debiased=full.debiased)
+        pair = student(base, full, z_t, text["student"], generator)
+        yield "motion_loss", motion_loss(*pair, generator, debiased=full.debiased)
 
-    words = dict.fromkeys(KINDS, (full.prompt, ""))
-    with students(base, full):
-        return run_stage(base, words, losses, full, folder, inputs, lambda: movement(base, full, text["student"]))
+    words = {role: (entry.prompt, entry.trigger) for role, (_, entry) in trained.items()}
+    measure = partial(movement, base, REFERENCE_OF, lambda: drawn(0)[1], text["student"], full.seed)
+    with students(base, {role: (inputs[role], name) for role, (name, _) in trained.items()}, full.dropout):
+        return run_stage(base, words, losses, full, folder, inputs, measure)
 
 
 def references(base: Base, settings: Any, text: dict[str, Tensor], step: int) -> tuple[Tensor, Tensor]:
@@ -115,11 +133,11 @@ def references(base: Base, settings: Any, text: dict[str, Tensor], step: int) ->
         **(partial if settings.reference == "partial" else whole),
     }
     sampled = {}
-    for kind, reference in REFERENCES.items():
-        seed = derived_seed(settings.seed, kind, step)
-        looks = {"motion": False, "shared_noise": settings.shared_noise} if kind == "appearance" else {}
+    for role, reference in REFERENCE_OF.items():
+        seed = derived_seed(settings.seed, role, step)
+        looks = {"motion": False, "shared_noise": settings.shared_noise} if role == "appearance" else {}
         with adapters(base.unet, {reference: 1.0}):
-            sampled[kind] = sample_latents(base, text[kind], text["negative"], [seed], **options, **looks)
+            sampled[role] = sample_latents(base, text[role], text["negative"], [seed], **options, **looks)
     return sampled["appearance"], sampled["motion"]
 
 
@@ -147,91 +165,60 @@ def partial_prediction(
 
 
 @contextmanager
-def students(base: Base, settings: Any) -> Iterator[None]:
+def students(base: Base, trained: dict[str, tuple[Path, str]], dropout: float) -> Iterator[None]:
     """Within the block both LoRAs are in the network, frozen, and beside them the student's trainable copies.
 
+    Args:
+        base: the network and its companions.
+        trained: for each role the file of its LoRA, and the adapter's name in it.
+        dropout: on the copies' inputs while training.
+
     Raises:
-        UserError: a file that does not load, or holds no LoRA of the kind it was given as.
+        UserError: a file that does not load.
     """
     added = []
     try:
-        for kind, reference in REFERENCES.items():
-            path = getattr(settings, kind)
-            load_lora(base.unet, path, {single(path, kind): reference}, fingerprint=base.fingerprint)
+        for role, (path, name) in trained.items():
+            reference = REFERENCE_OF[role]
+            load_lora(base.unet, path, {name: reference}, fingerprints=base.fingerprints)
             added.append(reference)
             for parameter in adapter_parameters(base.unet, reference):
                 parameter.requires_grad_(False)
-            copy_adapter(base.unet, reference, kind, settings.dropout)
-            added.append(kind)
+            copy_adapter(base.unet, reference, role, dropout)
+            added.append(role)
         yield
     finally:
         for name in added:
             remove_adapter(base.unet, name)
 
 
-def single(path: str, kind: str) -> str:
-    """The name of the one adapter of the right kind in a LoRA file.
+def the_one(path: Path, role: str) -> tuple[str, LoRAEntry]:
+    """Name and description of the one adapter of the role's kind in a LoRA file.
 
     Raises:
         UserError: there is none, or more than one.
     """
     entries = read_lora_header(path).adapters
-    fitting = [name for name, entry in entries.items() if entry.spec.kind == KINDS[kind]]
+    fitting = [(name, entry) for name, entry in entries.items() if entry.spec.kind == KIND_OF[role]]
     if len(fitting) != 1:
         held = ", ".join(f"{name} ({entry.spec.kind})" for name, entry in entries.items())
-        raise UserError(f"--{kind} wants a file with one {KINDS[kind]} LoRA, and {path} holds {held}")
+        raise UserError(f"--{role} wants a file with one {KIND_OF[role]} LoRA, and {path} holds {held or 'none'}")
     return fitting[0]
 
 
-@torch.no_grad()
-def movement(base: Base, settings: Any, text: Tensor) -> dict[str, Any]:
-    """How far the student went from the LoRAs it started as: in its weights, and in what the network predicts.
-
-    Returns:
-        For each adapter the largest change of an element of A and of B, and the change of all B A relative to their
-        size; for the prediction at t = 500 the relative change by test-time training, and by both LoRAs for scale.
-    """
-    report: dict[str, Any] = {}
-    for kind, reference in REFERENCES.items():
-        pairs = [
-            (module, adapter_modules(base.unet, reference)[path])
-            for path, module in adapter_modules(base.unet, kind).items()
-        ]
-        changed = sum((new.delta() - old.delta()).square().sum() for new, old in pairs)
-        size = sum(old.delta().square().sum() for _, old in pairs)
-        report[kind] = {
-            "largest change of A": max((new.A - old.A).abs().max().item() for new, old in pairs),
-            "largest change of B": max((new.B - old.B).abs().max().item() for new, old in pairs),
-            "relative change of B A": float(changed / size) ** 0.5 if size else 0.0,
-        }
-    shape = (base.unet.config.in_channels, settings.num_frames, settings.height // 8, settings.width // 8)
-    noise = draw_noise(settings.seed, shape).to(base.unet.device, base.unet.dtype)
-    predictions = []
-    for names in ((), REFERENCES.values(), KINDS):
-        with evaluating(base.unet), adapters(base.unet, dict.fromkeys(names, 1.0)):
-            predictions.append(base.unet(noise, 500, text).float())
-    plain, together, trained = predictions
-    report["prediction"] = {
-        "relative change by test-time training": ((trained - together).norm() / together.norm()).item(),
-        "relative change by both LoRAs": ((together - plain).norm() / plain.norm()).item(),
-    }
-    return report
-
-
-def with_defaults(settings: TTTSettings, base: Base) -> Any:
+def with_defaults(settings: TTTSettings, base: Base, entries: dict[str, LoRAEntry]) -> Any:
     """The settings with the base's recipe, and the LoRAs' own prompts, wherever nothing was asked for.
 
     Raises:
         UserError: a LoRA file without a prompt, where none was given, or a number out of its range.
     """
-    trained = {}
-    for kind in KINDS:
-        path = getattr(settings, kind)
-        trained[f"{kind}_prompt"] = read_lora_header(path).adapters[single(path, kind)].prompt or None
-        if (getattr(settings, f"{kind}_prompt") or trained[f"{kind}_prompt"]) is None:
-            raise UserError(f"{path} does not say which prompt it was trained with: give --{kind}_prompt")
     recipe = base.recipe
-    full = filled(settings, recipe, steps=recipe.ttt_steps, learning_rate=recipe.ttt_learning_rate, **trained)
+    prompts = {f"{role}_prompt": entry.prompt or None for role, entry in entries.items()}
+    full = filled(settings, base, steps=recipe.ttt_steps, learning_rate=recipe.ttt_learning_rate, **prompts)
+    for role in entries:
+        if getattr(full, f"{role}_prompt") is None:
+            file = getattr(settings, role)
+            raise UserError(f"{file} does not say which prompt it was trained with: give --{role}_prompt")
     most = recipe.sampling_steps if full.reference == "partial" else base.schedule.num_train_timesteps
     if not 1 <= full.reference_steps <= most or full.reference_every < 0:
         raise UserError(f"reference_steps must be from 1 to {most}, and reference_every at least 0")

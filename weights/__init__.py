@@ -4,7 +4,7 @@ from weights.device import placed
 from weights.files import atomic_write, read_checkpoint, read_header, read_json, sha256, write_json
 from weights.load import Base, load_base
 from weights.lora import LoRAEntry, LoRAFile, load_lora, lora_path, read_lora_header, save_lora, split_strength
-from weights.open import BaseSettings, open_base
+from weights.open import BaseSettings, open_base, with_source
 from weights.settings import parse_settings, run_command, save_settings, settings_from
 
 __all__ = [
@@ -29,5 +29,6 @@ __all__ = [
     "settings_from",
     "sha256",
     "split_strength",
+    "with_source",
     "write_json",
 ]

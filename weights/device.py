@@ -21,9 +21,7 @@ def choose_device(name: str | torch.device | None) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--device {name} is not to be had here ({reason}): leave it out, or say cpu"
-        ) from error
+        raise UserError(f"--device {name} is not to be had here ({reason}): leave it out, or say cpu") from error
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

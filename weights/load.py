@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
@@ -40,18 +41,10 @@ NETWORKS: tuple[tuple[str, str, tuple[Layout, ...], dict[str, str]], ...] = (
 )
 CLIP = "openai/clip-vit-large-patch14"  # Stable Diffusion 1.x's text encoder and vocabulary, on the hub
 VOCABULARY = ("vocab.json", "merges.txt")
+
 WHERE_VOCABULARY_GOES = (
     f"Get {' and '.join(VOCABULARY)} from https://huggingface.co/{CLIP}, put them into one folder, and name it with "
     "--tokenizer FOLDER (the folder tokenizer/ of a diffusers base is found without)."
-)
-# Small, and spread over what kinds of fine-tuning change.
-FINGERPRINTED = (
-    "conv_in.weight",
-    "time_embedding.linear_1.bias",
-    "layers.0.spatial.0.transformer_blocks.0.attn1.to_q.weight",
-    "layers.4.resnets.0.norm1.weight",
-    "layers.8.spatial.2.transformer_blocks.0.attn2.to_v.weight",
-    "conv_out.weight",
 )
 
 
@@ -67,7 +60,9 @@ class Base:
             `scaled_linear`, which is left unread: with motion modules it shows as washed-out video.
         recipe: what this base is customised with unless a flag says otherwise.
         name: of its file or folder, or on the hub.
-        fingerprint: tells one checkpoint's weights from another's, the same for copies in float32 and float16.
+        fingerprints: of each of its networks (unet, motion_module, vae, text_encoder): they tell one's weights from
+            another's, and are the same for copies in float32 and float16.
+        source: what it was loaded from, by flag: base, motion_module, vae, tokenizer.
         tokenizer_folder: where CLIP's vocabulary is, None: on the hub.
     """
 
@@ -77,7 +72,8 @@ class Base:
     schedule: NoiseSchedule
     recipe: Recipe
     name: str
-    fingerprint: str
+    fingerprints: dict[str, str]
+    source: dict[str, Any]
     tokenizer_folder: Path | None = None
 
     @property
@@ -113,7 +109,7 @@ class Base:
             )
         return tokenizer
 
-    def encode(self, prompts: Sequence[str]) -> Tensor:
+    def embed(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> CLIP embeddings (b, n, d), padded to n = 77, on the text encoder's device and in its dtype.
 
         A longer prompt is cut, and a warning says what of it was lost.
@@ -153,7 +149,7 @@ def load_base(
         tokenizer: a folder with CLIP's vocabulary; None: the base's own, else the hub's.
         device: where the weights go; None: to CUDA if there is one.
         dtype: what they are cast to; None: bfloat16 on CUDA (float16 on cards without), float32 on the CPU. The
-            autoencoder stays float32 where this is bfloat16.
+            autoencoder is float32 always: half precision would show in the pictures.
 
     Raises:
         UserError: a file is missing, damaged, of the wrong kind, or does not fit: the message says which, and more.
@@ -185,18 +181,20 @@ def load_base(
         autoencoder = AutoencoderKL(vae_config(parts["vae"]))
         text = TextEncoder(text_config(parts["text_encoder"]))
     _check_widths(source, unet, autoencoder, text)
-    fingerprint = _fingerprint(parts["unet"].tensors)
+    networks = {**parts, "motion_module": motion} if motion is not None else parts
+    fingerprints = {part: _fingerprint(read.tensors) for part, read in networks.items()}
     fill(unet, parts["unet"], device, dtype, covers=lambda name: ".temporal." not in name)
     if motion is not None:
         fill(unet, motion, device, dtype, covers=lambda name: ".temporal." in name)
-    # bfloat16 would be seen in the pictures: its steps are about a grey level
-    fill(autoencoder, parts["vae"], device, torch.float32 if dtype == torch.bfloat16 else dtype)
+    fill(autoencoder, parts["vae"], device, torch.float32)
     fill(text.eval().clip, parts["text_encoder"], device, dtype)
     # the one buffer that files need not hold was made on the meta device
     text.clip.embeddings.position_ids = torch.arange(text.config.max_position_embeddings, device=device)[None]
 
     name = source.resolve().name if Path(path).expanduser() == source else str(path)
-    return Base(unet, autoencoder, text, NoiseSchedule(), Recipe(), name, fingerprint, folder)
+    given = {"base": path, "motion_module": motion_module, "vae": vae, "tokenizer": tokenizer}
+    source_of = {flag: None if value is None else str(value) for flag, value in given.items()}
+    return Base(unet, autoencoder, text, NoiseSchedule(), Recipe(), name, fingerprints, source_of, folder)
 
 
 def _resolve(path: str | Path) -> Path:
@@ -255,11 +253,11 @@ def _check_widths(source: Path, unet: UNet3D, vae: AutoencoderKL, text: TextEnco
 
 
 def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Of a UNet's weights, rounded to float16: copies of one checkpoint in both precisions agree."""
+    """Of the beginning of every tensor, rounded to float16: copies of one network in both precisions agree."""
     digest = hashlib.sha256()
-    for name in FINGERPRINTED:
-        if name in tensors:  # `fill` will say what is missing
-            digest.update(tensors[name].half().contiguous().numpy().tobytes())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].flatten()[:1024].half().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

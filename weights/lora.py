@@ -43,7 +43,7 @@ class LoRAFile:
     path: Path
     adapters: dict[str, LoRAEntry]
     base: str
-    fingerprint: str
+    fingerprints: dict[str, str]
     settings: dict[str, Any]
 
 
@@ -53,7 +53,7 @@ def save_lora(
     words: Mapping[str, tuple[str, str]],
     *,
     base: str = "",
-    fingerprint: str = "",
+    fingerprints: Mapping[str, str] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Write adapters of `unet` to a file, atomically, in float32.
@@ -63,7 +63,7 @@ def save_lora(
         unet: the network they sit in.
         words: for each adapter to write, the prompt it was trained with and its trigger word ("" for none).
         base: name of the base it was trained on.
-        fingerprint: of that base.
+        fingerprints: of that base (`Base.fingerprints`).
         settings: of the run, kept for the record.
 
     Raises:
@@ -80,7 +80,7 @@ def save_lora(
         raise UserError(f"{path}: not written, since the adapter's weights are not finite")
     header = {
         "version": VERSION,
-        "base": {"name": base, "fingerprint": fingerprint},
+        "base": {"name": base, "fingerprints": dict(fingerprints or {})},
         "adapters": entries,
         "settings": dict(settings or {}),
     }
@@ -135,7 +135,7 @@ def read_lora_header(path: str | Path) -> LoRAFile:
             for name, entry in header["adapters"].items()
         }
         base = header["base"]
-        return LoRAFile(path, entries, str(base["name"]), str(base["fingerprint"]), dict(header["settings"]))
+        return LoRAFile(path, entries, str(base["name"]), dict(base["fingerprints"]), dict(header["settings"]))
     except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
@@ -143,7 +143,11 @@ def read_lora_header(path: str | Path) -> LoRAFile:
 
 
 def load_lora(
-    unet: UNet3D, path: str | Path, names: Mapping[str, str] | None = None, *, fingerprint: str = ""
+    unet: UNet3D,
+    path: str | Path,
+    names: Mapping[str, str] | None = None,
+    *,
+    fingerprints: Mapping[str, str] | None = None,
 ) -> dict[str, LoRAEntry]:
     """Add a file's adapters to the network, switched off.
 
@@ -152,7 +156,8 @@ def load_lora(
         path: a LoRA file, or a run folder.
         names: which of the file's adapters to load, and what to call them; None loads all under their own names, with
             a number behind where one is taken.
-        fingerprint: of the base in use; a note is given where the file names another one.
+        fingerprints: of the base in use (`Base.fingerprints`); a note is given where an adapter was trained on another
+            network.
 
     Returns:
         What was added, by the names the adapters now have.
@@ -161,10 +166,17 @@ def load_lora(
         UserError: not a LoRA of ours, one for another architecture, or a damaged one; the network is left as it was.
     """
     file = read_lora_header(path)
-    if fingerprint and file.fingerprint and file.fingerprint != fingerprint:
-        warnings.warn(
-            f"{file.path} was trained on another checkpoint ({file.base}): it will work, less exactly", stacklevel=2
-        )
+    missing = [name for name in names or () if name not in file.adapters]
+    if missing:
+        raise UserError(f"{file.path} has no adapter {missing[0]!r}: it has {', '.join(file.adapters)}")
+    for name, entry in file.adapters.items():
+        part = "unet" if entry.spec.kind == "spatial" else "motion_module"
+        before, now = file.fingerprints.get(part), (fingerprints or {}).get(part)
+        if before and now and before != now:
+            what = "checkpoint" if part == "unet" else "motion module"
+            warnings.warn(
+                f"{file.path}: {name} was trained on another {what}; it will work, less exactly", stacklevel=2
+            )
     tensors = read_checkpoint(file.path)
     added: dict[str, LoRAEntry] = {}
     try:

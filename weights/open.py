@@ -1,11 +1,14 @@
 """The flags that every command with a base shares, and the base they name."""
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
 from weights.load import Base, load_base
+
+Settings = TypeVar("Settings", bound="BaseSettings")
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -40,3 +43,8 @@ def open_base(settings: BaseSettings) -> Base:
     """
     dtype = None if settings.dtype is None else DTYPES[settings.dtype]
     return load_base(settings.base, settings.motion_module, settings.vae, settings.tokenizer, settings.device, dtype)
+
+
+def with_source(settings: Settings, base: Base | None) -> Settings:
+    """The settings, saying what `base` was loaded from where one was given ready-made."""
+    return settings if base is None else dataclasses.replace(settings, **base.source)

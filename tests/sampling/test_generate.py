@@ -24,7 +24,7 @@ def filled_lora(base, path, kind="temporal", name="motion", seed=1):
     generator = torch.Generator().manual_seed(seed)
     for p in adapter_parameters(base.unet, name):
         p.data = 0.3 * torch.randn(p.shape, generator=generator)
-    save_lora(path, base.unet, {name: ("a prompt", "")}, fingerprint=base.fingerprint)
+    save_lora(path, base.unet, {name: ("a prompt", "")}, fingerprints=base.fingerprints)
     with adapters(base.unet, {name: 0.7}):
         latents = sample_latents(base, encode(base, [PROMPT]), encode(base, [""]), [1])
     remove_adapter(base.unet, name)

@@ -11,8 +11,9 @@ import torch
 
 from lora import adapter_parameters, add_adapter, remove_adapter
 from model import TINY, UNet3D, UserError
+from sampling import derived_seed
 from train.folder import RunFolder
-from train.loop import LoopSettings, derived_seed, train
+from train.loop import LoopSettings, train
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(u
         yield "loss", sum(scale * p.square().sum() for p in adapter_parameters(unet, "a"))
 
     folder = RunFolder(tmp_path)
-    with pytest.raises(UserError, match=r"nan at step 3: the run stopped. The last good state") as caught:
+    with pytest.raises(UserError, match=r"Step 3: the loss is nan: the run stopped. The last good state") as caught:
         train(unet, ["a"], losses, settings(9, save_every=2), folder)
     assert str(folder.state) in str(caught.value)
     state = torch.load(folder.state, weights_only=True)
@@ -174,7 +175,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(unet, tm
         yield "loss", ((p - p.detach()) ** (0.5 if step == 2 else 2)).sum()
 
     folder = RunFolder(tmp_path)
-    with pytest.raises(UserError, match="gradient stopped being finite at step 2"):
+    with pytest.raises(UserError, match="Step 2: the gradient is not finite"):
         train(unet, ["a"], losses, settings(3), folder)
     assert torch.load(folder.state, weights_only=True)["done"] == 2
 

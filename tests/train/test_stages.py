@@ -82,7 +82,7 @@ def test_a_run_folder_holds_settings_log_and_lora(base, material, tmp_path, stag
     assert entry.spec.layers == {"appearance": (2, 6), "motion": (2, 5)}[stage]
     assert entry.spec.kind == {"appearance": "spatial", "motion": "temporal"}[stage]
     assert entry.prompt == {"appearance": "a teddy bear", "motion": "a man runs"}[stage]
-    assert header.fingerprint == base.fingerprint
+    assert header.fingerprints == base.fingerprints
     assert all(value.any() for value in load_file(tmp_path / "run" / "lora.safetensors").values())
     assert adapter_names(base.unet) == []
 
@@ -91,7 +91,7 @@ def test_appearance_trains_without_a_motion_module_on_each_picture_with_its_capt
     """An image-only base gives the LoRA that the base with motion modules gives: they are bypassed."""
     results = []
     for name, adapter in (("image", None), ("video", files.adapter)):
-        base = load_base(files.folder, adapter)
+        base = load_base(files.folder, adapter, device="cpu")
         settings = appearance(material, tmp_path / name, rank=4, height=32, width=32)
         results.append(load_file(train_appearance(settings, base)))
     assert results[0].keys() == results[1].keys()
@@ -176,11 +176,45 @@ def test_previews_equal_what_generate_gives_with_the_same_seed(base, material, t
     assert (untrained - preview).abs().max() > 0.1
 
 
-def test_the_same_command_on_a_finished_run_changes_nothing(base, material, tmp_path):
+def test_the_same_command_on_a_finished_run_changes_nothing(base, files, material, tmp_path):
     lora = train_motion(motion(material, tmp_path / "run"), base)
     before = lora.stat().st_mtime_ns
-    assert train_motion(motion(material, tmp_path / "run"), base=None) == lora
+    (tmp_path / "run" / "state.pt").write_bytes(b"left by a kill between the last two writes")
+    assert train_motion(motion(material, tmp_path / "run", **files.flags()), base=None) == lora
     assert lora.stat().st_mtime_ns == before
+    assert not (tmp_path / "run" / "state.pt").exists()
+
+
+def test_leaving_a_setting_to_the_base_is_not_what_was_asked_for_before(base, material, tmp_path):
+    train_motion(motion(material, tmp_path / "run"), base)
+    with pytest.raises(UserError, match=r"steps \(3 there, none given now\)"):
+        train_motion(motion(material, tmp_path / "run", steps=None), base)
+    assert train_motion(motion(material, tmp_path / "run", rank=4), base)  # the base's own number, said aloud
+
+
+@pytest.mark.parametrize("other", ["base", "motion_module", "dtype"])
+def test_a_run_does_not_go_on_with_another_network(base, material, tmp_path, other):
+    def stopping(done):
+        raise KeyboardInterrupt
+
+    settings = motion(material, tmp_path / "run", preview_every=1, save_every=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.stage.previewer", lambda *_: stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train_motion(settings, base)
+    part = {"base": "unet", "motion_module": "motion_module", "dtype": None}[other]
+    if part:
+        base.fingerprints = {**base.fingerprints, part: "another"}
+    else:
+        base.unet.to(torch.bfloat16)
+    with pytest.raises(UserError, match=part or "dtype .float32 there, bfloat16 now"):
+        train_motion(settings, base)
+
+
+def test_the_base_is_recorded_though_it_was_loaded_before(base, files, material, tmp_path):
+    train_motion(motion(material, tmp_path / "run"), base)
+    kept = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert (kept["base"], kept["motion_module"], kept["dtype"]) == (str(files.folder), str(files.adapter), "float32")
 
 
 @pytest.mark.parametrize(
@@ -243,7 +277,7 @@ def test_the_trigger_must_be_in_the_prompt(base, material, tmp_path):
 
 
 def test_motion_without_a_motion_module_says_what_to_give(files, material, tmp_path):
-    base = load_base(files.folder)
+    base = load_base(files.folder, device="cpu")
     with pytest.raises(UserError, match="--motion_module"):
         train_motion(motion(material, tmp_path / "run", num_frames=3, height=32, width=32), base)
 
@@ -299,7 +333,7 @@ def test_a_run_killed_at_a_random_step_ends_with_the_same_lora(base, files, mate
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_bases_train_float32_loras_to_about_the_same_loss(base, files, material, tmp_path, dtype):
-    half = load_base(files.folder, files.adapter, dtype=dtype)
+    half = load_base(files.folder, files.adapter, device="cpu", dtype=dtype)
     half.recipe = base.recipe
     for stage, train in ((appearance, train_appearance), (motion, train_motion)):
         losses = []

@@ -3,6 +3,7 @@
 import json
 import weakref
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from sampling import draw_noise, encode, sample_latents
 from train.loop import derived_seed
 from train.losses import motion_loss
 from train.stage import predict
-from train.ttt import TTTSettings, references, students, train_ttt, with_defaults
+from train.ttt import TTTSettings, references, students, the_one, train_ttt, with_defaults
 from weights import load_lora, save_lora
 
 TARGET = "a teddy bear is playing guitar on the snow"
@@ -39,7 +40,7 @@ def write_loras(base, folder, strength):
         for p in adapter_parameters(base.unet, name)[1::2]:
             p.data = strength * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.shape[0]))
         paths[name] = str(folder / f"{name}.safetensors")
-        save_lora(paths[name], base.unet, {name: (PROMPTS[name], "")}, fingerprint=base.fingerprint)
+        save_lora(paths[name], base.unet, {name: (PROMPTS[name], "")}, fingerprints=base.fingerprints)
         remove_adapter(base.unet, name)
     return paths
 
@@ -50,6 +51,16 @@ def settings(base, tmp_path):
     return TTTSettings(**paths, prompt=TARGET, out=str(tmp_path / "run"), steps=2)
 
 
+def lora_files(settings):
+    """File and adapter's name of both LoRAs."""
+    files = {role: Path(getattr(settings, role)) for role in PROMPTS}
+    return {role: (file, the_one(file, role)[0]) for role, file in files.items()}
+
+
+def filled_in(settings, base):
+    return with_defaults(settings, base, {role: the_one(Path(getattr(settings, role)), role)[1] for role in PROMPTS})
+
+
 def texts(base):
     prompts = {**PROMPTS, "student": TARGET, "negative": ""}
     return {role: encode(base, [prompt]) for role, prompt in prompts.items()}
@@ -57,7 +68,7 @@ def texts(base):
 
 def test_the_papers_numbers_are_the_defaults(base, settings):
     base.recipe = Recipe()
-    full = with_defaults(TTTSettings(**{**vars(settings), "steps": None}), base)
+    full = filled_in(TTTSettings(**{**vars(settings), "steps": None}), base)
     assert (full.steps, full.learning_rate, full.reference_steps, full.guidance_scale) == (30, 1e-6, 5, 9.0)
     assert (full.reference, full.reference_spacing, full.reference_every) == ("whole", "trailing", 1)
     assert (full.shared_noise, full.debiased) == (False, False)
@@ -67,9 +78,9 @@ def test_the_papers_numbers_are_the_defaults(base, settings):
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("reference", ["whole", "partial"])
 def test_references_are_what_the_sampler_gives_with_one_lora_on(base, settings, reference, shared):
-    full = with_defaults(TTTSettings(**{**vars(settings), "reference": reference, "shared_noise": shared}), base)
+    full = filled_in(TTTSettings(**{**vars(settings), "reference": reference, "shared_noise": shared}), base)
     text = texts(base)
-    with students(base, full):
+    with students(base, lora_files(settings), 0.1):
         for p in (p for name in ("appearance", "motion") for p in adapter_parameters(base.unet, name)):
             p.data += 1.0  # whatever the students have become
         base.unet.train()
@@ -94,8 +105,8 @@ def test_references_are_what_the_sampler_gives_with_one_lora_on(base, settings, 
 
 
 def test_new_references_come_every_step_or_as_asked(base, settings):
-    full = with_defaults(settings, base)
-    with students(base, full):
+    full = filled_in(settings, base)
+    with students(base, lora_files(settings), 0.1):
         first, again, later = (references(base, full, texts(base), step) for step in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert all(not torch.equal(a, b) for a, b in zip(first, later, strict=True))
@@ -181,9 +192,11 @@ def test_thirty_steps_leave_the_trained_loras_as_they_were(base, settings, tmp_p
     trained = load_file(lora)
     for kind, tensors in before.items():
         assert all(torch.equal(value, load_file(getattr(settings, kind))[key]) for key, value in tensors.items())
-        assert sum(value.sum().item() for value in tensors.values()) == pytest.approx(
-            sum(p.sum().item() for p in seen[kind]), rel=1e-4
-        )
+        kept = {p.shape: [] for p in seen[kind]}
+        for p in seen[kind]:
+            kept[p.shape].append(p)
+        for value in tensors.values():
+            assert any(torch.equal(value, p) for p in kept[value.shape])
         moved = max((trained[key] - value).abs().max().item() for key, value in tensors.items())
         largest = max(value.abs().max().item() for value in tensors.values())
         rounding = 1.2e-7 * largest
@@ -193,8 +206,7 @@ def test_thirty_steps_leave_the_trained_loras_as_they_were(base, settings, tmp_p
 
 
 def test_both_students_receive_gradient_and_the_references_none(base, settings):
-    full = with_defaults(settings, base)
-    with students(base, full), adapters(base.unet, {"appearance": 1.0, "motion": 1.0}):
+    with students(base, lora_files(settings), 0.1), adapters(base.unet, {"appearance": 1.0, "motion": 1.0}):
         z = torch.randn(1, 4, 3, 4, 4)
         prediction, target = predict(base.unet, base.schedule, z, texts(base)["student"], torch.Generator())
         (prediction - target).square().mean().backward()
@@ -257,7 +269,7 @@ def test_a_step_saves_no_more_activations_than_115_percent_of_a_motion_lora_step
 def test_a_partial_reference_is_noised_by_the_one_step_it_came_down(base, settings):
     from train.ttt import partial_prediction
 
-    full = with_defaults(TTTSettings(**{**vars(settings), "reference": "partial"}), base)
+    full = filled_in(TTTSettings(**{**vars(settings), "reference": "partial"}), base)
     seen = {}
 
     class Network:
@@ -325,7 +337,11 @@ def test_the_report_says_how_far_weights_and_outputs_moved(base, settings, tmp_p
             before, after = (t[f"{pair}B.weight"] @ t[f"{pair}A.weight"] for t in (old, new))
             change, size = change + (after - before).square().sum().item(), size + before.square().sum().item()
         assert report[kind]["relative change of B A"] == pytest.approx((change / size) ** 0.5, rel=1e-3)
-    text, noise = encode(base, [TARGET]), draw_noise(0, (4, 3, 4, 4))
+    text = encode(base, [TARGET])
+    with students(base, lora_files(settings), 0.0):
+        _, z_t = references(base, filled_in(settings, base), texts(base), step=0)
+    kept = torch.prod(1 - torch.linspace(0.00085, 0.012, 1000, dtype=torch.float64)[:501]).float()
+    noise = kept.sqrt() * z_t + (1 - kept).sqrt() * draw_noise(0, (4, 3, 4, 4))
     with torch.no_grad():
         predictions = [base.unet(noise, 500, text)]
         for files in (list(PROMPTS), ["run/lora"]):

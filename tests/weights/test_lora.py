@@ -1,6 +1,7 @@
 """LoRA files of our own: what goes in comes out, and what does not fit is named."""
 
 import json
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from lora import adapter_modules, adapter_names, adapter_parameters, adapter_spe
 from model import SD15_V3, UNet3D, UserError
 from weights import load_lora, lora_path, read_lora_header, save_lora, split_strength
 
+PRINTS = {"unet": "abc", "motion_module": "def"}
 NARROW = replace(SD15_V3, block_out_channels=(32, 32, 32, 32), cross_attention_dim=16)
 
 
@@ -32,7 +34,14 @@ def file(unet, tmp_path):
             p.data.normal_()
         weights[name] = [p.detach().clone() for p in adapter_parameters(unet, name)]
     words = {"appearance": ("a teddy bear", "teddy"), "motion": ("a man is running", "")}
-    save_lora(tmp_path / "l.safetensors", unet, words, base="sd15", fingerprint="abc", settings={"steps": 5})
+    save_lora(
+        tmp_path / "l.safetensors",
+        unet,
+        words,
+        base="sd15",
+        fingerprints={"unet": "abc", "motion_module": "def"},
+        settings={"steps": 5},
+    )
     for name in words:
         remove_adapter(unet, name)
     return tmp_path / "l.safetensors", weights
@@ -67,7 +76,8 @@ def test_keys_are_diffusers_module_names(file):
 
 def test_the_header_says_what_the_file_is(file):
     header = read_lora_header(file[0])
-    assert (header.base, header.fingerprint, header.settings) == ("sd15", "abc", {"steps": 5})
+    assert (header.base, header.settings) == ("sd15", {"steps": 5})
+    assert header.fingerprints == {"unet": "abc", "motion_module": "def"}
 
 
 def test_taken_names_get_a_number_and_chosen_names_are_used(unet, file):
@@ -88,9 +98,18 @@ def test_a_run_folder_stands_for_its_file(file, tmp_path):
 
 
 def test_another_checkpoint_of_the_same_kind_gives_a_note_only(unet, file):
-    with pytest.warns(UserWarning, match="another checkpoint"):
-        load_lora(unet, file[0], fingerprint="xyz")
-    assert adapter_names(unet)
+    with pytest.warns(UserWarning, match="appearance was trained on another checkpoint"):
+        load_lora(unet, file[0], fingerprints={"unet": "xyz", "motion_module": "def"})
+    with pytest.warns(UserWarning, match="motion was trained on another motion module"):
+        load_lora(unet, file[0], fingerprints={"unet": "abc", "motion_module": "xyz"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_lora(unet, file[0], fingerprints={"unet": "abc", "motion_module": "def"})
+
+
+def test_adapters_that_the_file_does_not_have_are_named(unet, file):
+    with pytest.raises(UserError, match="no adapter 'run': it has appearance, motion"):
+        load_lora(unet, file[0], {"run": "run"})
 
 
 @pytest.mark.parametrize(

@@ -340,8 +340,7 @@ def test_the_report_says_how_far_weights_and_outputs_moved(base, settings, tmp_p
     text = encode(base, [TARGET])
     with students(base, lora_files(settings), 0.0):
         _, z_t = references(base, filled_in(settings, base), texts(base), step=0)
-    kept = torch.prod(1 - torch.linspace(0.00085, 0.012, 1000, dtype=torch.float64)[:501]).float()
-    noise = kept.sqrt() * z_t + (1 - kept).sqrt() * draw_noise(0, (4, 3, 4, 4))
+    noise = base.schedule.add_noise(z_t, draw_noise(0, (4, 3, 4, 4)), torch.tensor([500]))
     with torch.no_grad():
         predictions = [base.unet(noise, 500, text)]
         for files in (list(PROMPTS), ["run/lora"]):

@@ -225,7 +225,7 @@ def test_vae_and_text_encoder_give_what_their_libraries_give_from_the_same_files
     images = torch.rand(2, 3, 32, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
         assert error(ours.vae.encode(images), vae.encode(images).latent_dist.parameters) < 1e-4
-        assert error(ours.encode(prompts), clip(tokens).last_hidden_state) < 1e-4
+        assert error(ours.embed(prompts), clip(tokens).last_hidden_state) < 1e-4
 
 
 def test_the_tokenizer_is_read_only_when_text_is_needed(tmp_path, one_file):

@@ -158,3 +158,44 @@ def test_shapes_that_do_not_fit_are_named():
         unet(latents, timesteps, text[..., :-1])
     with pytest.raises(UserError, match="latents"):
         unet(latents[:, :3], timesteps, text)
+
+
+class PooledNorm(torch.nn.Module):
+    """A group norm of diffusers' network that sees all frames of a clip at once."""
+
+    def __init__(self, norm, frames):
+        super().__init__()
+        self.norm, self.frames = norm, frames
+
+    def forward(self, hidden):
+        clips = hidden.unflatten(0, (-1, self.frames)).transpose(1, 2)
+        return self.norm(clips).transpose(1, 2).flatten(0, 1)
+
+
+def test_v1_pools_every_resnet_norm_and_the_last_norm_over_frames():
+    """diffusers' network with those norms wrapped, the one way in which the original v1 differs from it."""
+    unet = narrow(replace(NARROW["v1"], motion=replace(NARROW["v1"].motion, pool_module_norm=True)))
+    reference = diffusers_unet(unet)
+    for name, module in list(reference.named_modules()):
+        if name.endswith(("resnets.0", "resnets.1", "resnets.2")):
+            module.norm1, module.norm2 = PooledNorm(module.norm1, 3), PooledNorm(module.norm2, 3)
+    reference.conv_norm_out = PooledNorm(reference.conv_norm_out, 3)
+    latents, timesteps, text = inputs(frames=3)
+    with torch.no_grad():
+        words = text.repeat_interleave(3, dim=0)
+        expected = reference(latents, timesteps, encoder_hidden_states=words).sample
+        assert error(unet(latents, timesteps, text), expected) < 1e-4
+
+
+def test_each_layer_reads_its_own_text():
+    unet, read = narrow(NARROW["v2"]), {}
+    for i, layer in enumerate(unet.layers):
+        for transformer in layer.spatial:
+            attention = transformer.transformer_blocks[0].attn2
+            attention.register_forward_pre_hook(lambda _, args, i=i: read.setdefault(i, []).append(args[1]))
+    latents, timesteps, text = inputs()
+    texts = [text + i for i in range(9)]
+    with torch.no_grad():
+        unet(latents, timesteps, texts)
+    assert sorted(read) == [0, 1, 2, 4, 6, 7, 8]
+    assert all(seen is texts[i] for i, contexts in read.items() for seen in contexts)

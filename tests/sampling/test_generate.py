@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import av
 import pytest
 import torch
 from conftest import pool_module_norms
 from diffusers import AnimateDiffPipeline, DDIMScheduler, MotionAdapter
+from diffusers.utils.torch_utils import randn_tensor
 from oracles import error
 
 from lora import adapter_names, adapter_parameters, adapters, add_adapter, remove_adapter
@@ -128,6 +130,41 @@ def test_files_are_written_with_loras_at_their_strength_and_the_network_left_cle
     assert (written - expected).abs().max() < 1.01 / 127.5
     assert adapter_names(base.unet) == []
     assert json.loads((tmp_path / "clip.json").read_text())["seed"] == [1]
+
+
+def test_every_option_reaches_the_sampler_and_the_file(base, tmp_path):
+    options = {"eta": 1.0, "spacing": "trailing", "steps": 2, "guidance_scale": 4.0, "num_frames": 2, "height": 40}
+    settings = GenerateSettings(prompt=[PROMPT], out=str(tmp_path / "c"), seed=[8], negative_prompt="red", **options)
+    generate_files(settings, base)
+    expected = sample_videos(base, [PROMPT], [8], "red", **options)[0]
+    assert (read_video(tmp_path / "c", 2, 40, 32) - expected).abs().max() < 1.01 / 127.5
+    for name in options:
+        left_out = {key: value for key, value in options.items() if key != name}
+        other = sample_videos(base, [PROMPT], [8], "red", **left_out)[0]
+        assert other.shape != expected.shape or (other - expected).abs().max() > 0.05, name
+    assert (sample_videos(base, [PROMPT], [8], **options)[0] - expected).abs().max() > 0.05
+
+
+def test_frames_a_second_are_as_asked(base, tmp_path):
+    generate_files(GenerateSettings(prompt=["a"], out=str(tmp_path / "c.mp4"), steps=1, fps=5.0), base)
+    with av.open(str(tmp_path / "c.mp4")) as container:
+        assert container.streams.video[0].average_rate == 5
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_that_a_generator_cannot_tell_apart_are_refused(base, tmp_path, seed):
+    with pytest.raises(UserError, match="seed must be a whole number from 0 to 4294967295"):
+        generate_files(GenerateSettings(prompt=["a"], out=str(tmp_path / "c.mp4"), seed=[seed]), base)
+
+
+def test_noise_of_neighbouring_and_distant_seeds_differs():
+    noises = {tuple(draw_noise(seed, (2, 1, 2, 2)).flatten().tolist()) for seed in (0, 1, 4096, 4097, 2**20, 2**32 - 1)}
+    assert len(noises) == 6
+
+
+def test_a_seeds_noise_is_the_one_diffusers_draws():
+    reference = randn_tensor((1, 4, 3, 2, 2), generator=torch.Generator().manual_seed(5))
+    assert torch.equal(draw_noise(5, (4, 3, 2, 2)), reference)
 
 
 def test_several_prompts_and_seeds_are_numbered(tmp_path):

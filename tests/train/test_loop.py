@@ -180,6 +180,56 @@ def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(unet, tm
     assert torch.load(folder.state, weights_only=True)["done"] == 2
 
 
+def test_a_log_that_a_kill_left_empty_is_begun_again(unet, tmp_path):
+    (tmp_path / "log.csv").touch()
+    train(unet, ["a"], toy_losses(unet), settings(2), RunFolder(tmp_path))
+    assert (tmp_path / "log.csv").read_text().startswith("step,first,second,seconds\n0,")
+
+
+def test_the_callers_random_numbers_are_left_alone(unet, tmp_path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    train(unet, ["a"], toy_losses(unet), settings(2), RunFolder(tmp_path))
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.fixture
+def scaled(monkeypatch):
+    """The loop with float16's gradient scaler, which a float32 network on the CPU has off."""
+    real = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: real(device, enabled=True))
+
+
+def test_a_step_whose_gradients_overflow_float16_is_taken_again(unet, tmp_path, scaled):
+    start = weights(unet)
+    train(unet, ["a"], toy_losses(unet), settings(3), RunFolder(tmp_path / "plain"))
+    plain = weights(unet)
+    reset(unet, start)
+    overflowing = []
+
+    def losses(step, generator):
+        for name, loss in toy_losses(unet)(step, generator):
+            if step == 1 and len(overflowing) < 3:
+                overflowing.append(step)
+                loss.register_hook(lambda grad: grad * float("inf"))
+            yield name, loss
+
+    train(unet, ["a"], losses, settings(3), RunFolder(tmp_path / "overflow"))
+    assert overflowing
+    assert all(torch.equal(p, q) for p, q in zip(weights(unet), plain, strict=True))
+
+
+def test_gradients_that_always_overflow_end_the_run(unet, tmp_path, scaled):
+    def losses(step, generator):
+        loss = adapter_parameters(unet, "a")[0].sum()
+        loss.register_hook(lambda grad: grad * float("inf"))
+        yield "loss", loss
+
+    with pytest.raises(UserError, match="Step 0: the gradient is not finite"):
+        train(unet, ["a"], losses, settings(3), RunFolder(tmp_path))
+
+
 def test_a_damaged_state_is_named(unet, tmp_path):
     folder = RunFolder(tmp_path)
     train(unet, ["a"], toy_losses(unet), settings(1), folder)

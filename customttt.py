@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from model.errors import UserError
 from weights.settings import run_command
@@ -24,7 +25,10 @@ def command(argv: Sequence[str] | None = None) -> int | None:
     """Hand the words behind the command's name to its entry script."""
     name, *rest = (list(sys.argv[1:]) if argv is None else list(argv)) or ["--help"]
     if name in ("-h", "--help"):
-        print(USAGE + "\n\n`customttt COMMAND --help` lists its flags.")
+        print(USAGE + "\n\n`customttt COMMAND --help` lists its flags; `customttt --version` says which this is.")
+        return 0
+    if name == "--version":
+        print(version("customttt"))
         return 0
     if name not in COMMANDS:
         raise UserError(f"there is no command {name!r}\n{USAGE}")

@@ -74,8 +74,10 @@ def ddim_sample(
         Latents shaped as the noise.
 
     Raises:
-        UserError: an unknown spacing, steps out of range, eta without noise, or the network gave NaN.
+        UserError: an unknown spacing, steps out of range, eta out of [0, 1] or without noise, or the network gave NaN.
     """
+    if not 0 <= eta <= 1:
+        raise UserError(f"eta must be from 0 (deterministic) to 1 (the variance of DDPM), and is {eta}")
     if eta > 0 and step_noise is None:
         raise UserError("eta above 0 draws noise at every step: give step_noise")
     visited = schedule.timesteps(steps, spacing)[:only_first]

@@ -1,5 +1,6 @@
 """Clips from prompts, seeds and LoRAs: `python -m sampling.generate`."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from weights import (
     Base,
     BaseSettings,
     load_lora,
+    lora_path,
     open_base,
     parse_settings,
     run_command,
@@ -76,6 +78,13 @@ def generate_files(settings: GenerateSettings, base: Base | None = None) -> list
     settings = with_source(settings, base)
     jobs = clip_files(settings)
     base = base or open_base(settings)
+    frames = base.recipe.num_frames if settings.num_frames is None else settings.num_frames
+    if check_writable(settings.out) in (".png", ".jpg", ".jpeg") and frames != 1:
+        raise UserError(
+            f"{settings.out} holds one picture, not {frames} frames: use .mp4, .gif or a folder, or one frame"
+        )
+    if base.unet.config.motion is None and frames > 1:
+        warnings.warn(f"without --motion_module nothing ties the {frames} frames together", stacklevel=2)
     options = {name: getattr(settings, name) for name in ("num_frames", "height", "width", "steps", "guidance_scale")}
     options |= {name: getattr(settings, name) for name in ("negative_prompt", "eta", "spacing")}
     with loaded_loras(base, settings.lora):
@@ -84,7 +93,7 @@ def generate_files(settings: GenerateSettings, base: Base | None = None) -> list
             prompts, seeds, files = zip(*batch, strict=True)
             label = f"clip {first + 1} to {first + len(batch)} of {len(jobs)}" if len(jobs) > 1 else "sampling"
             for file, video in zip(files, sample_videos(base, prompts, seeds, progress=label, **options), strict=True):
-                write_media(file, video, fps=settings.fps or base.recipe.fps)
+                write_media(file, video, fps=base.recipe.fps if settings.fps is None else settings.fps)
                 print(f"wrote {file}")
     save_settings(settings_file(settings), settings)
     return [file for _, _, file in jobs]
@@ -94,12 +103,17 @@ def clip_files(settings: GenerateSettings) -> list[tuple[str, int, Path]]:
     """The clips that settings ask for: prompt, seed, and the file it goes to.
 
     Raises:
-        UserError: nothing to generate, the same seed twice, or a file of a kind that cannot be written.
+        UserError: nothing to generate, the same seed twice, a LoRA that is not there, or an output that cannot be
+            written.
     """
     if not settings.prompt or not settings.seed or settings.batch_size < 1:
         raise UserError("give at least one prompt and one seed, and a batch size of at least 1")
     if len(set(settings.seed)) < len(settings.seed) or len(set(settings.prompt)) < len(settings.prompt):
         raise UserError("a prompt or a seed is given twice: the clips would be the same")
+    for argument in settings.lora:
+        lora_path(split_strength(argument)[0])
+    if settings.fps is not None and not 0.1 <= settings.fps <= 1000:
+        raise UserError(f"fps must be from 0.1 to 1000, and is {settings.fps}")
     out = Path(settings.out)
     check_writable(settings.out)
     if len(settings.prompt) * len(settings.seed) == 1:
@@ -112,9 +126,9 @@ def clip_files(settings: GenerateSettings) -> list[tuple[str, int, Path]]:
 
 
 def settings_file(settings: GenerateSettings) -> Path:
-    """Where the settings are kept beside the clips: the name of `out` with .json."""
+    """Where the settings are kept beside the clips: the name of `out` with .settings.json behind it."""
     out = Path(settings.out)
-    return out.with_name(f"{out.stem}.json")
+    return out.with_name(f"{out.name}.settings.json")
 
 
 @contextmanager

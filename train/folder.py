@@ -17,8 +17,10 @@ from weights.files import container_of
 from weights.lora import FILE_NAME
 from weights.unpickle import load_torch
 
-# Settings that change nothing about the result.
-FREE = ("out", "device", "save_every", "preview_every", "preview_prompt", "gradient_checkpointing")
+# Settings that change nothing about the result, and those whose files are told by their contents.
+FREE = {"out", "device", "save_every", "preview_every", "preview_prompt", "gradient_checkpointing"} | {
+    *("images", "video", "appearance", "motion"),
+}
 PARTS = {"unet", "motion_module", "vae", "text_encoder"}  # of a base, as `Base.fingerprints` names them
 
 

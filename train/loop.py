@@ -90,6 +90,8 @@ def train(
         """Take the step; where gradients overflow float16, again with smaller ones, until it moves something."""
         while True:
             values, scale = backward(step), scaler.get_scale()
+            if step and step % settings.save_every == 0:
+                folder.save(step, parameters, optimizer, scaler)  # only now are the steps before known to be good
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -112,10 +114,11 @@ def train(
             bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
             if preview is not None and settings.preview_every and done % settings.preview_every == 0:
                 preview(done)
-            if done % settings.save_every == 0 or done == settings.steps or stop.is_set():
-                folder.save(done, parameters, optimizer, scaler)
             if stop.is_set():
-                raise KeyboardInterrupt
+                folder.save(done, parameters, optimizer, scaler)
+                raise KeyboardInterrupt(
+                    f"{done} of {settings.steps} steps are saved; the same command goes on from there"
+                )
 
 
 @contextmanager

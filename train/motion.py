@@ -61,8 +61,7 @@ def train_motion(settings: MotionSettings, base: Base | None = None) -> Path:
 
     base = base or open_base(settings)
     full = with_defaults(settings, base)
-    size = (full.num_frames, full.height, full.width)
-    frames = read_clip(full.video, *size, full.fps, full.frame_step, full.start)
+    frames = read_frames(settings, base)
     latents, text = encode_videos(base, frames.transpose(0, 1)[None]), encode(base, [full.prompt])
 
     def losses(step: int, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
@@ -71,6 +70,17 @@ def train_motion(settings: MotionSettings, base: Base | None = None) -> Path:
         yield "loss", motion_loss(prediction, target, generator, full.debiased)
 
     return train_adapter(base, "motion", "temporal", losses, full, folder, inputs)
+
+
+def read_frames(settings: MotionSettings, base: Base) -> Tensor:
+    """The clip as the settings ask for it: (num_frames, 3, height, width) in [-1, 1].
+
+    Raises:
+        UserError: a video that cannot be read, is too short, or sizes that do not fit.
+    """
+    full = with_defaults(settings, base)
+    size = (full.num_frames, full.height, full.width)
+    return read_clip(full.video, *size, full.fps, full.frame_step, full.start)
 
 
 def with_defaults(settings: MotionSettings, base: Base) -> Any:

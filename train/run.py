@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 from model import UserError
 from sampling.generate import GenerateSettings, clip_files, generate_files, settings_file
 from train.appearance import AppearanceSettings, train_appearance
-from train.motion import MotionSettings, train_motion
+from train.data import clip_files as clip_files_of
+from train.data import subject_files
+from train.motion import MotionSettings, read_frames, train_motion
 from train.settings import TrainSettings
 from train.ttt import TTTSettings, train_ttt
 from weights import Base, BaseSettings, lora_path, open_base, parse_settings, read_json, run_command, settings_from
@@ -39,9 +41,9 @@ class RunSettings(BaseSettings):
     width: int | None = None
     num_frames: int | None = None
     gradient_checkpointing: bool = False
-    appearance: dict[str, Any]
-    motion: dict[str, Any]
-    ttt: dict[str, Any]
+    appearance: dict[str, Any] = field(default_factory=dict)
+    motion: dict[str, Any] = field(default_factory=dict)
+    ttt: dict[str, Any] = field(default_factory=dict)
     generate: dict[str, Any] = field(default_factory=dict)
 
 
@@ -64,12 +66,17 @@ def run(settings: RunSettings) -> list[Path]:
     clip = section(
         GenerateSettings, settings, "generate", out=str(out / "video.mp4"), lora=[both.out], prompt=[both.prompt]
     )
-    clips = [file for _, _, file in clip_files(clip)]
+    elsewhere = [lora for lora in clip.lora if split_strength(lora)[0] not in (looks.out, moves.out, both.out)]
+    clips = [file for _, _, file in clip_files(dataclasses.replace(clip, lora=elsewhere))]
+    subject_files(looks.images)
+    clip_files_of(moves.video)
     base: Base | None = None
 
     def base_for(needed: bool) -> Base | None:
         nonlocal base
-        base = open_base(settings) if needed and base is None else base
+        if needed and base is None:
+            base = open_base(settings)
+            read_frames(moves, base)  # a clip that is too short is said before the first stage, not after it
         return base
 
     stages: list[tuple[Callable[..., Path], TrainSettings]] = [

@@ -51,10 +51,14 @@ class TrainSettings(BaseSettings):
         """
         if self.steps is None or self.learning_rate is None or self.weight_decay is None:
             raise UserError("steps, learning_rate and weight_decay must be filled in before training")
-        if self.steps < 1 or self.learning_rate <= 0 or self.weight_decay < 0:
+        if self.steps < 1 or not 0 < self.learning_rate <= 1 or not 0 <= self.weight_decay <= 1e3:
             raise UserError(
-                f"steps must be at least 1, learning_rate above 0 and weight_decay not below 0: got {self.steps}, "
-                f"{self.learning_rate} and {self.weight_decay}"
+                "steps must be at least 1, learning_rate above 0 and at most 1, weight_decay from 0 to 1000: got "
+                f"{self.steps}, {self.learning_rate} and {self.weight_decay}"
+            )
+        if not 0 <= self.seed < 2**32 or (self.num_frames is not None and self.num_frames < 1):
+            raise UserError(
+                f"seed must be from 0 to {2**32 - 1} and num_frames at least 1: got {self.seed} and {self.num_frames}"
             )
         if self.save_every < 1 or self.preview_every < 0:
             raise UserError("save_every must be at least 1, and preview_every at least 0")

@@ -18,10 +18,12 @@ def choose_device(name: str | torch.device | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name} is not to be had here ({reason}): leave it out, or say cpu") from error
+        device = torch.device(name)
+        if device.type in ("cpu", "cuda"):
+            return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError):
+        pass
+    raise UserError(f"there is no device {str(name)!r} here: leave --device out, or say cpu, cuda or cuda:1")
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

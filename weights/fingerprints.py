@@ -139,7 +139,7 @@ ROWS: tuple[Row, ...] = (
         "This is a one-file Stable Diffusion checkpoint. It belongs in --base.",
         _family_of_text, _version_of_unet),
     Row("UNet", _has(r"^(model\.diffusion_model\.)?input_blocks\.0\.0\.weight$", no="temopral_conv"),
-        "This is the UNet of a Stable Diffusion checkpoint alone, in LDM's names, without VAE and text encoder; --base "
+        "This is the UNet of a Stable Diffusion checkpoint alone, without VAE and text encoder; --base "
         "wants all three.",
         _family_of_text, _version_of_unet),
     Row("image-to-video module", _has(r"motion_modules\.", r"^img_encoder\."),

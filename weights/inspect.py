@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for index, name in enumerate(parser.parse_args(argv).files):
         try:
             text = describe(name)
-        except UserError as error:
+        except (UserError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             code = 2
         else:
@@ -53,11 +53,11 @@ def describe(path: str | Path) -> str:
     lines = [("kind", ", ".join(filter(None, (found.kind, found.version, found.family))))]
     if found.kind == "run folder" and (path / "lora.safetensors").is_file():
         lines += _file_lines(path / "lora.safetensors", FileKind("customttt LoRA"))
-    elif path.is_dir():
+    elif path.is_dir() and found.kind != "run folder":
         lines += _folder_lines(path)
-    elif found.kind in ("image", "video"):
+    elif found.kind in ("image", "video") and path.is_file():
         lines.append(("size", f"{path.stat().st_size:,} bytes"))
-    else:
+    elif path.is_file():
         lines += _file_lines(path, found)
     lines.append(("note", found.note))
     width = max(len(name) for name, _ in lines)
@@ -133,14 +133,13 @@ def _folder_lines(path: Path) -> list[tuple[str, str]]:
     for folder in sorted({path, *(entry for entry in path.iterdir() if entry.is_dir())}):
         files = sorted(file for pattern in WEIGHT_FILES for file in folder.glob(pattern))
         for file in files:
-            tensors = read_header(file).tensors
-            lines.append(
-                (
-                    folder.name if folder != path else "weights",
-                    f"{len(tensors):,} tensors, {_count(tensors):,} parameters, "
-                    f"{_counted(info.dtype for info in tensors.values())} ({file.name})",
-                )
-            )
+            try:
+                tensors = read_header(file).tensors
+                held = f"{len(tensors):,} tensors, {_count(tensors):,} parameters, "
+                held += f"{_counted(info.dtype for info in tensors.values())} ({file.name})"
+            except UserError as error:  # one bad file does not hide the others
+                held = f"unreadable: {error}"
+            lines.append((folder.name if folder != path else "weights", held))
     return lines
 
 

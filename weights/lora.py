@@ -96,7 +96,7 @@ def lora_path(path: str | Path) -> Path:
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"{path} does not exist: a LoRA file or a run folder was expected")
+        raise UserError(f"{path} does not exist: a LoRA file or run folder was expected (a strength is :0.8 behind it)")
     if not path.is_dir():
         return path
     if not (path / FILE_NAME).is_file():
@@ -209,6 +209,8 @@ def split_strength(argument: str) -> tuple[str, float]:
     Raises:
         UserError: a strength that is not finite.
     """
+    if Path(argument).exists():
+        return argument, 1.0
     path, _, text = argument.rpartition(":")
     try:
         strength = float(text)

@@ -18,6 +18,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 import torch
 import yaml
 from jsonargparse import ArgumentParser
+from tqdm import tqdm
 
 from model.errors import UserError
 from weights.files import write_json
@@ -79,8 +80,10 @@ def run_command(main: Callable[[Sequence[str] | None], int | None], argv: Sequen
         sys.stdout.flush()
     except UserError as error:
         code = _complain(f"error: {error}", 2)
-    except KeyboardInterrupt:
-        code = _complain("interrupted", 130)
+    except KeyboardInterrupt as stop:
+        code = _complain(f"interrupted{': ' if str(stop) else ''}{stop}", 130)
+    except (PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        code = _complain(f"error: {error.filename} cannot be opened: {error.strerror}.", 2)
     except BrokenPipeError:
         # the reader (`| head`) has left: nothing to say, and Python must not try to flush at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -279,7 +282,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+    tqdm.write(f"warning: {' '.join(str(message).split())}", file=sys.stderr)  # above a progress bar, not into it
 
 
 def _complain(message: str, code: int) -> int:

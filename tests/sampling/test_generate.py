@@ -1,6 +1,9 @@
 """Generation against diffusers' AnimateDiffPipeline on the same files, and what a person relies on."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import av
@@ -15,7 +18,7 @@ from lora import adapter_names, adapter_parameters, adapters, add_adapter, remov
 from model import UserError
 from sampling import decode, draw_noise, encode, read_video, sample_latents, sample_videos
 from sampling.generate import GenerateSettings, clip_files, generate_files, main
-from weights import save_lora
+from weights import load_base, save_lora
 
 PROMPT = "a teddy bear is playing guitar on the snow"
 
@@ -129,7 +132,7 @@ def test_files_are_written_with_loras_at_their_strength_and_the_network_left_cle
     written = read_video(tmp_path / "clip", 3, 32, 32)
     assert (written - expected).abs().max() < 1.01 / 127.5
     assert adapter_names(base.unet) == []
-    assert json.loads((tmp_path / "clip.json").read_text())["seed"] == [1]
+    assert json.loads((tmp_path / "clip.settings.json").read_text())["seed"] == [1]
 
 
 def test_every_option_reaches_the_sampler_and_the_file(base, tmp_path):
@@ -167,6 +170,28 @@ def test_a_seeds_noise_is_the_one_diffusers_draws():
     assert torch.equal(draw_noise(5, (4, 3, 2, 2)), reference)
 
 
+def test_the_same_seed_gives_the_same_bytes_whatever_the_memory_held(files, tmp_path):
+    """x264 must not read what nobody wrote: two processes whose fresh memory is filled differently."""
+    script = (
+        "import sys, torch; from sampling import write_media; torch.manual_seed(0); "
+        "write_media(sys.argv[1], torch.rand(4, 3, 64, 64) * 2 - 1)"
+    )
+    contents = []
+    for fill in ("85", "170"):
+        out = tmp_path / f"{fill}.mp4"
+        environment = {**os.environ, "MALLOC_PERTURB_": fill}
+        subprocess.run([sys.executable, "-c", script, str(out)], env=environment, check=True)
+        contents.append(out.read_bytes())
+    assert contents[0] == contents[1]
+
+
+def test_frames_that_nothing_ties_together_are_warned_about(files, base, tmp_path):
+    image_base = load_base(files.folder, device="cpu")
+    image_base.recipe = base.recipe
+    with pytest.warns(UserWarning, match="--motion_module"):
+        generate_files(GenerateSettings(prompt=["a"], out=str(tmp_path / "c.mp4"), steps=1), image_base)
+
+
 def test_several_prompts_and_seeds_are_numbered(tmp_path):
     settings = GenerateSettings(prompt=["a", "b"], out="clips/teddy.mp4", seed=[1, 7])
     assert [str(file) for _, _, file in clip_files(settings)] == [
@@ -187,6 +212,11 @@ def test_several_prompts_and_seeds_are_numbered(tmp_path):
         ({"steps": 0}, "1 to 1000"),
         ({"num_frames": 33}, "32"),
         ({"lora": ["nowhere"]}, "nowhere"),
+        ({"lora": ["nowhere:abc"]}, "nowhere:abc does not exist"),
+        ({"out": "."}, "no name"),
+        ({"out": "clip.png"}, "one picture, not 3"),
+        ({"fps": 0.0}, "fps"),
+        ({"eta": -1.0}, "eta"),
     ],
 )
 def test_bad_settings_are_explained_and_nothing_is_written(base, tmp_path, monkeypatch, changes, message):

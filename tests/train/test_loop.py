@@ -177,7 +177,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(unet, tm
     folder = RunFolder(tmp_path)
     with pytest.raises(UserError, match="Step 2: the gradient is not finite"):
         train(unet, ["a"], losses, settings(3), folder)
-    assert torch.load(folder.state, weights_only=True)["done"] == 2
+    assert torch.load(folder.state, weights_only=True)["done"] == 1  # what led there is not good
 
 
 def test_a_log_that_a_kill_left_empty_is_begun_again(unet, tmp_path):
@@ -232,10 +232,21 @@ def test_gradients_that_always_overflow_end_the_run(unet, tmp_path, scaled):
 
 def test_a_damaged_state_is_named(unet, tmp_path):
     folder = RunFolder(tmp_path)
-    train(unet, ["a"], toy_losses(unet), settings(1), folder)
+    train(unet, ["a"], toy_losses(unet), settings(2), folder)
     folder.state.write_bytes(folder.state.read_bytes()[:200])
     with pytest.raises(UserError, match=r"state\.pt"):
-        train(unet, ["a"], toy_losses(unet), settings(2), folder)
+        train(unet, ["a"], toy_losses(unet), settings(3), folder)
+
+
+def test_a_state_is_kept_only_once_the_next_loss_shows_it_good(unet, tmp_path):
+    """A step that makes the weights explode is not what a run goes on from."""
+
+    def losses(step, generator):
+        p = adapter_parameters(unet, "a")[0]
+        yield "loss", p.square().sum() * (float("inf") if p.abs().max() > 1e3 else 1.0)
+
+    with pytest.raises(UserError, match=r"Step 1: the loss is inf: the run stopped\. No state was saved yet"):
+        train(unet, ["a"], losses, settings(4, learning_rate=1e4), RunFolder(tmp_path))
 
 
 def test_previews_come_when_asked_and_training_is_the_same_with_them(unet, tmp_path):

@@ -48,7 +48,7 @@ def test_one_file_gives_both_loras_and_the_clips(config, tmp_path, capsys):
         *(f"ttt/{name}" for name in {*folder, "report.json"}),
         "video-1-seed1.mp4",
         "video-1-seed2.mp4",
-        "video.json",
+        "video.mp4.settings.json",
     }
     clips = [read_video(tmp_path / "run" / f"video-1-seed{seed}.mp4", 2, 32, 32) for seed in (1, 2)]
     assert not torch.equal(*clips)
@@ -84,6 +84,10 @@ def test_only_what_is_missing_is_done_again(config, tmp_path, capsys):
         ({"ttt": {"prompt": "y", "base": "z"}}, "ttt: base must be the same for all steps"),
         ({"generate": {"steps": "many"}}, "generate: steps"),
         ({"bases": "x"}, "bases"),
+        ({"appearance": {}}, "appearance: prompt is missing"),
+        ({"generate": {"lora": ["nope"]}}, "nope does not exist"),
+        ({"motion": {"video": "nope.mp4", "prompt": "y"}}, "nope"),
+        ({"num_frames": 4}, "3"),
         ({"height": 100}, "104"),
     ],
 )

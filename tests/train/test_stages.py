@@ -179,6 +179,8 @@ def test_previews_equal_what_generate_gives_with_the_same_seed(base, material, t
         ({"video": "nowhere.mp4"}, "nowhere"),
         ({"steps": 0}, "at least 1"),
         ({"learning_rate": 0.0}, "above 0"),
+        ({"learning_rate": 1e39}, "at most 1"),
+        ({"seed": -5}, "seed must be from 0"),
         ({"rank": 0}, "rank"),
     ],
 )

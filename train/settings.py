@@ -14,6 +14,7 @@ class TrainSettings(BaseSettings):
     """A run of training.
 
     Args:
+        prompt: what the training material shows, plainly.
         out: folder of the run: LoRA, settings, log, previews. The same command again goes on where it was stopped.
         height: pixels, divisible by 8; not given: the base's (256).
         width: pixels, divisible by 8; not given: the base's (256).
@@ -29,6 +30,7 @@ class TrainSettings(BaseSettings):
         gradient_checkpointing: less memory for about a third more time.
     """
 
+    prompt: str
     out: str
     height: int | None = None
     width: int | None = None
@@ -72,13 +74,11 @@ class AdapterSettings(TrainSettings):
     """A run that trains one fresh LoRA.
 
     Args:
-        prompt: what the training material shows, plainly.
         layers: layers of the nine that are trained; not given: the base's (appearance 2 6, motion 2 5).
         rank: of the LoRA; not given: the base's (32).
         targets: its linear layers: attention and feed-forward (blocks), attention alone, or all with the projections.
     """
 
-    prompt: str
     layers: list[int] | None = None
     rank: int | None = None
     targets: Literal["blocks", "attention", "all"] = "blocks"

@@ -126,25 +126,27 @@ def run_stage(
     loop = settings.loop()
     folder.begin(settings, inputs, base)
     base.unet.gradient_checkpointing(settings.gradient_checkpointing)
-    prompt = settings.preview_prompt or next(iter(words.values()))[0]
     with set_aside(base):
-        train(base.unet, list(words), losses, loop, folder, previewer(base, settings, folder, prompt))
+        train(base.unet, list(words), losses, loop, folder, previewer(base, settings, folder))
         if measure is not None:
             write_json(folder.path / "report.json", measure())
     folder.finish(base, words, settings)
     return folder.lora
 
 
-def previewer(base: Base, settings: TrainSettings, folder: RunFolder, prompt: str) -> Callable[[int], None]:
+def previewer(base: Base, settings: TrainSettings, folder: RunFolder) -> Callable[[int], None]:
     """A function that writes the clip which `generate` would give with the run's seed after `done` steps."""
 
     def preview(done: int) -> None:
         moving = base.unet.config.motion is not None
+        prompt = settings.preview_prompt or settings.prompt
         sizes: dict[str, Any] = {"height": settings.height, "width": settings.width}
         sizes["num_frames"] = settings.num_frames if moving else 1
         file = folder.path / "previews" / f"step-{done:05d}.{'mp4' if moving else 'png'}"
         try:
-            video = sample_videos(base, [prompt], [settings.seed], progress="preview", **sizes)
+            video = sample_videos(
+                base, [settings.preview_prompt or settings.prompt], [settings.seed], progress="preview", **sizes
+            )
             write_media(file, video[0], fps=base.recipe.fps)
         except UserError as error:  # a picture that fails is no reason to lose the run
             warnings.warn(f"no preview after step {done}: {error}", stacklevel=2)

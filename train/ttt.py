@@ -61,7 +61,6 @@ class TTTSettings(TrainSettings):
 
     appearance: str
     motion: str
-    prompt: str
     save_every: int = 5
     appearance_prompt: str | None = None
     motion_prompt: str | None = None

@@ -18,7 +18,8 @@ from lora import (
     remove_adapter,
 )
 from model import UserError
-from sampling import draw_noise, encode
+from sampling import draw_noise, encode, read_video
+from sampling.generate import GenerateSettings, generate_files
 from train.losses import motion_loss
 from train.stage import predict
 from train.ttt import TTTSettings, references, students, train_ttt
@@ -65,6 +66,14 @@ def test_both_loras_keep_the_words_they_were_trained_with(base, settings):
     header = read_lora_header(train_ttt(settings, base))
     assert {name: entry.prompt for name, entry in header.adapters.items()} == PROMPTS
     assert header.settings["prompt"] == TARGET
+
+
+def test_previews_show_the_prompt_to_be_generated(base, settings, tmp_path):
+    train_ttt(TTTSettings(**{**vars(settings), "preview_every": 2, "seed": 4}), base)
+    preview = read_video(tmp_path / "run" / "previews" / "step-00002.mp4", 3, 32, 32)
+    clip = GenerateSettings(prompt=[TARGET], out=str(tmp_path / "c.mp4"), lora=[str(tmp_path / "run")], seed=[4])
+    generate_files(clip, base)
+    assert torch.equal(read_video(tmp_path / "c.mp4", 3, 32, 32), preview)
 
 
 def test_both_students_receive_gradient_and_the_references_none(base, settings):

@@ -11,8 +11,10 @@ from pathlib import Path
 import bases
 import pytest
 import torch
+from clips import smooth
 
 from model.motion import MotionModule
+from sampling import write_media
 from weights import Base, load_base
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -64,3 +66,16 @@ def pool_module_norms(unet) -> None:
     for module in unet.modules():
         if isinstance(module, MotionModule):
             module.pool_norm = True
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory):
+    """A folder of three pictures, one with its own caption, and a clip of five frames."""
+    root = tmp_path_factory.mktemp("material")
+    (root / "photos").mkdir()
+    for i, size in enumerate([(48, 80), (40, 40), (64, 48)]):
+        smooth(*size).rotate(90 * i).save(root / "photos" / f"{i}.png")
+    (root / "photos" / "1.txt").write_text("a red ball on the beach")
+    frames = torch.stack([torch.roll(torch.rand(3, 32, 32), 3 * i, dims=-1) for i in range(5)]) * 2 - 1
+    write_media(root / "clip.mp4", frames, fps=8)
+    return root

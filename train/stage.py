@@ -144,9 +144,7 @@ def previewer(base: Base, settings: TrainSettings, folder: RunFolder) -> Callabl
         sizes["num_frames"] = settings.num_frames if moving else 1
         file = folder.path / "previews" / f"step-{done:05d}.{'mp4' if moving else 'png'}"
         try:
-            video = sample_videos(
-                base, [settings.preview_prompt or settings.prompt], [settings.seed], progress="preview", **sizes
-            )
+            video = sample_videos(base, [prompt], [settings.seed], progress="preview", **sizes)
             write_media(file, video[0], fps=base.recipe.fps)
         except UserError as error:  # a picture that fails is no reason to lose the run
             warnings.warn(f"no preview after step {done}: {error}", stacklevel=2)

@@ -4,43 +4,18 @@ import json
 
 import pytest
 import torch
-from clips import smooth
 from PIL import Image
 from safetensors.torch import load_file
+from small_runs import appearance, motion
 
 from lora import adapter_names
 from model import NoiseSchedule, UserError
-from sampling import encode, read_video, sample_videos, write_media
+from sampling import encode, read_video, sample_videos
 from sampling.generate import GenerateSettings, generate_files
 from train.appearance import AppearanceSettings, train_appearance
 from train.motion import MotionSettings, train_motion
 from train.stage import encode_videos, predict
 from weights import load_base, read_lora_header
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory):
-    """A folder of three pictures, one with its own caption, and a clip of five frames."""
-    root = tmp_path_factory.mktemp("material")
-    (root / "photos").mkdir()
-    for i, size in enumerate([(48, 80), (40, 40), (64, 48)]):
-        smooth(*size).rotate(90 * i).save(root / "photos" / f"{i}.png")
-    (root / "photos" / "1.txt").write_text("a red ball on the beach")
-    frames = torch.stack([torch.roll(torch.rand(3, 32, 32), 3 * i, dims=-1) for i in range(5)]) * 2 - 1
-    write_media(root / "clip.mp4", frames, fps=8)
-    return root
-
-
-def appearance(material, out, **changes):
-    return AppearanceSettings(
-        **{"images": str(material / "photos"), "prompt": "a teddy bear", "out": str(out), "steps": 3, **changes}
-    )
-
-
-def motion(material, out, **changes):
-    return MotionSettings(
-        **{"video": str(material / "clip.mp4"), "prompt": "a man runs", "out": str(out), "steps": 3, **changes}
-    )
 
 
 def test_the_papers_numbers_are_the_defaults(base, material, tmp_path):

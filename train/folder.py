@@ -135,18 +135,19 @@ class RunFolder:
         if self.path.is_file():
             raise UserError(f"{self.path} is a file: give --out the name of a new folder")
         if not self._is_run():
-            strangers = {path.name for path in self.path.glob("*") if not path.name.startswith(".writing-")}
-            if strangers - {"inputs.json"}:
+            names = {path.name for path in self.path.glob("*") if not path.name.startswith(".writing-")}
+            strangers = names - {"inputs.json"}
+            if strangers:
                 raise UserError(f"{self.path} is no run folder and holds {min(strangers)}: give --out a new name")
             return
         before, record = read_json(self.path / "settings.json"), read_json(self.path / "inputs.json")
-        now, left_out = json.loads(json.dumps(dataclasses.asdict(settings))), record["left to the base"]
+        now, left_out = json.loads(json.dumps(dataclasses.asdict(settings))), record.get("left to the base", ())
         changed = [
             f"{key} ({before.get(key)} there, {'none given' if value is None else value} now)"
             for key, value in now.items()
             if key not in FREE and (value != before.get(key) if value is not None else key not in left_out)
         ]
-        recorded = record["contents"]
+        recorded = record.get("contents", {})
         names = present.keys() | recorded.keys() - PARTS
         changed += [f"the contents of {name}" for name in sorted(names) if recorded.get(name) != present.get(name)]
         if changed:

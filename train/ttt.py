@@ -123,13 +123,13 @@ def references(base: Base, settings: Any, text: dict[str, Tensor], step: int) ->
     as many unrelated pictures as the clip has frames, unless they share their noise.
     """
     whole = {"steps": settings.reference_steps, "spacing": settings.reference_spacing}
-    partial = {"steps": base.recipe.sampling_steps, "only_first": settings.reference_steps}
+    stopped = {"steps": base.recipe.sampling_steps, "only_first": settings.reference_steps}
     options: dict[str, Any] = {
         "num_frames": settings.num_frames,
         "height": settings.height,
         "width": settings.width,
         "guidance_scale": settings.guidance_scale,
-        **(partial if settings.reference == "partial" else whole),
+        **(stopped if settings.reference == "partial" else whole),
     }
     sampled = {}
     for role, reference in REFERENCE_OF.items():

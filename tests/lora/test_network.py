@@ -98,8 +98,6 @@ def test_the_network_with_an_adapter_equals_peft(unet, inputs, kind, layers):
 
 
 def test_two_adapters_at_two_scales_add_up_in_a_layer():
-    linear = torch.nn.Linear(6, 5)
-    layer = LoRALinear.wrap(linear)
     unet = randomise(UNet3D(NARROW))
     for name in ("a", "b"):
         add_adapter(unet, name, "spatial", [2], rank=3, alpha=6)

@@ -5,6 +5,7 @@ from weights.files import atomic_write, read_checkpoint, read_header, read_json,
 from weights.load import Base, load_base
 from weights.lora import LoRAEntry, LoRAFile, load_lora, lora_path, read_lora_header, save_lora, split_strength
 from weights.open import BaseSettings, open_base, with_source
+from weights.save import save_base
 from weights.settings import parse_settings, run_command, save_settings, settings_from
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "read_json",
     "read_lora_header",
     "run_command",
+    "save_base",
     "save_lora",
     "save_settings",
     "settings_from",

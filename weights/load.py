@@ -32,6 +32,7 @@ from weights.keymaps import (
     Layout,
 )
 from weights.parts import Part, account, fill, read_part, take
+from weights.recipe import read_recipe
 
 # A base's networks: folder in diffusers' layout, what is in it, how its tensors may be named, which may stay unused.
 NETWORKS: tuple[tuple[str, str, tuple[Layout, ...], dict[str, str]], ...] = (
@@ -39,6 +40,7 @@ NETWORKS: tuple[tuple[str, str, tuple[Layout, ...], dict[str, str]], ...] = (
     ("vae", "VAE", VAES, IGNORED_IN_VAE),
     ("text_encoder", "text encoder", TEXTS, IGNORED_IN_TEXT),
 )
+TINY = Path(__file__).parent / "tiny"  # the base that is called "tiny"
 CLIP = "openai/clip-vit-large-patch14"  # Stable Diffusion 1.x's text encoder and vocabulary, on the hub
 VOCABULARY = ("vocab.json", "merges.txt")
 
@@ -62,7 +64,7 @@ class Base:
         name: of its file or folder, or on the hub.
         fingerprints: of each of its networks (unet, motion_module, vae, text_encoder): they tell one's weights from
             another's, and are the same for copies in float32 and float16.
-        source: what it was loaded from, by flag: base, motion_module, vae, tokenizer.
+        source: what was named to load it from, by flag: base, motion_module, vae, tokenizer.
         tokenizer_folder: where CLIP's vocabulary is, None: on the hub.
     """
 
@@ -110,7 +112,7 @@ class Base:
         return tokenizer
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> CLIP embeddings (b, n, d), padded to n = 77, on the text encoder's device and in its dtype.
+        """Prompts -> CLIP embeddings (b, n, d), n = 77 for CLIP, where the text encoder is and in its dtype.
 
         A longer prompt is cut, and a warning says what of it was lost.
         """
@@ -143,8 +145,10 @@ def load_base(
 
     Args:
         path: a diffusers folder (whole or sharded, float32 or the fp16 variant), a one-file checkpoint (.safetensors,
-            .ckpt), the name of either kind of repository in the hub's cache ("owner/name"), or "tiny".
-        motion_module: AnimateDiff's file (v1, v2, v3) or a diffusers MotionAdapter folder; None: an image-only UNet.
+            .ckpt), the name of either kind of repository in the hub's cache ("owner/name"), or "tiny": the base that
+            comes with this program ("./tiny" is a folder of that name). A folder's `recipe.json` is its recipe.
+        motion_module: AnimateDiff's file (v1, v2, v3) or a diffusers MotionAdapter folder; None: the folder
+            `motion_adapter` inside the base's, as "tiny" has one, and without that an image-only UNet.
         vae: a file or folder with another autoencoder than the base's own.
         tokenizer: a folder with CLIP's vocabulary; None: the base's own, else the hub's.
         device: where the weights go; None: to CUDA if there is one.
@@ -154,15 +158,11 @@ def load_base(
     Raises:
         UserError: a file is missing, damaged, of the wrong kind, or does not fit: the message says which, and more.
     """
-    if str(path) == "tiny":
-        raise UserError(
-            "this version ships no tiny base yet: name a Stable Diffusion 1.5 checkpoint (a diffusers folder, a "
-            ".safetensors or a .ckpt file)"
-        )
     device = choose_device(device)
     dtype = default_dtype(device) if dtype is None else dtype
-    source = _resolve(path)
+    source = _tiny() if str(path) == "tiny" else _resolve(path)
     folder = _tokenizer_folder(source, tokenizer)
+    recipe = read_recipe(source)
     parts = _read_base(source)
     if vae is not None:
         parts["vae"] = read_part(_resolve(vae), "the VAE", ("VAE",), VAES, IGNORED_IN_VAE)
@@ -170,10 +170,12 @@ def load_base(
         if name not in parts:
             remedy = "name one with --vae" if name == "vae" else "take another checkpoint, or get the rest of this one"
             raise UserError(f"{source} has no {what}: {remedy}")
+    own = source / "motion_adapter"
+    motion_source = _resolve(motion_module) if motion_module is not None else own if own.is_dir() else None
     motion = None
-    if motion_module is not None:
+    if motion_source is not None:
         kinds = ("motion module", "motion adapter")
-        motion = read_part(_resolve(motion_module), "the motion module", kinds, MOTIONS, IGNORED_IN_MOTION)
+        motion = read_part(motion_source, "the motion module", kinds, MOTIONS, IGNORED_IN_MOTION)
 
     modules = None if motion is None else motion_config(motion)
     with torch.device("meta"):
@@ -194,7 +196,16 @@ def load_base(
     name = source.resolve().name if Path(path).expanduser() == source else str(path)
     given = {"base": path, "motion_module": motion_module, "vae": vae, "tokenizer": tokenizer}
     source_of = {flag: None if value is None else str(value) for flag, value in given.items()}
-    return Base(unet, autoencoder, text, NoiseSchedule(), Recipe(), name, fingerprints, source_of, folder)
+    return Base(unet, autoencoder, text, NoiseSchedule(), recipe, name, fingerprints, source_of, folder)
+
+
+def _tiny() -> Path:
+    if not TINY.is_dir():
+        raise UserError(
+            f"this installation lacks the tiny base ({TINY} is not there): install customttt again, or name a Stable "
+            "Diffusion 1.5 checkpoint (a diffusers folder, a .safetensors or a .ckpt file)"
+        )
+    return TINY
 
 
 def _resolve(path: str | Path) -> Path:

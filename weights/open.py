@@ -18,8 +18,10 @@ class BaseSettings:
     """Which network, where and how precise.
 
     Args:
-        base: a diffusers folder, a one-file checkpoint (.safetensors, .ckpt), a cached name of the hub, or "tiny".
-        motion_module: AnimateDiff motion module: the original file, or a diffusers MotionAdapter folder.
+        base: a diffusers folder, a one-file checkpoint (.safetensors, .ckpt), a cached name of the hub, or "tiny", the
+            small one that comes along.
+        motion_module: AnimateDiff motion module: the original file, or a diffusers MotionAdapter folder; not given:
+            the base's own, if it has one.
         vae: another autoencoder than the base's own: a file, or a diffusers folder.
         tokenizer: folder with CLIP's vocab.json and merges.txt, where the base has none of its own.
         device: "cuda", "cuda:1", "cpu"; not given: CUDA if there is one.

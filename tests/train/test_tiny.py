@@ -1,0 +1,125 @@
+"""The recipe of the tiny base: small, but whole."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from model import TINY, UserError
+from train.pretrain import pretrain
+from train.tiny import TinySettings, train_tiny
+from weights import load_base
+
+SMALL = {"clip_steps": 2, "vae_steps": 2, "image_steps": 2, "video_steps": 2, "frames": 8, "clips": 4}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    settings = TinySettings(out=str(tmp_path_factory.mktemp("recipe") / "tiny"), device="cpu", **SMALL)
+    return settings, train_tiny(settings)
+
+
+def test_the_recipe_gives_a_base_that_loads(run):
+    base = load_base(run[1])
+    assert base.unet.config == TINY
+    assert (base.recipe.height, base.recipe.width, base.recipe.num_frames) == (64, 64, 16)
+    assert base.embed(["a striped red star"]).shape == (1, 24, 64)
+
+
+def test_the_video_stage_leaves_the_spatial_part_but_for_the_keys_and_values_of_the_text(run):
+    image, video = (
+        torch.load(f"{run[0].out}/{stage}/state.pt", weights_only=True)["network"] for stage in ("image", "video")
+    )
+    changed = {name for name in image if not torch.equal(image[name], video[name])}
+    assert changed == {name for name in image if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))}
+
+
+def test_latents_have_a_standard_deviation_of_one(run):
+    latents = torch.load(f"{run[0].out}/image/latents.pt", weights_only=True).float()
+    scale = load_base(run[1]).vae.config.scaling_factor
+    assert scale != 0.18215
+    assert latents[0].square().add(latents[1].square()).mean().sqrt().item() == pytest.approx(1, abs=0.35)
+
+
+def test_a_finished_recipe_is_not_run_again(run):
+    before = (run[1] / "recipe.json").stat().st_mtime_ns, torch.load(f"{run[0].out}/vae/state.pt", weights_only=True)
+    train_tiny(dataclasses.replace(run[0], stage="vae"))
+    after = torch.load(f"{run[0].out}/vae/state.pt", weights_only=True)
+    assert all(torch.equal(before[1]["network"][name], after["network"][name]) for name in after["network"])
+
+
+def test_other_settings_are_refused_in_the_same_folder(run):
+    with pytest.raises(UserError, match=r"vae_steps \(2 there, 3 now\)"):
+        train_tiny(dataclasses.replace(run[0], vae_steps=3))
+
+
+def test_a_stage_whose_forerunners_are_missing_says_so(tmp_path):
+    settings = TinySettings(out=str(tmp_path / "tiny"), stage="video", device="cpu", **SMALL)
+    with pytest.raises(UserError, match="is not done yet"):
+        train_tiny(settings)
+
+
+def test_the_recipe_goes_on_from_a_finished_base(tmp_path, run):
+    """One step from the shipped weights at a learning rate that hardly moves them: they stay what they were."""
+    settings = TinySettings(out=str(tmp_path / "more"), start=str(run[1]), device="cpu", **SMALL)
+    again = load_base(train_tiny(settings))
+    first = load_base(run[1])
+    for name in ("unet", "vae", "text"):
+        old, new = getattr(first, name).state_dict(), getattr(again, name).state_dict()
+        distance = sum((old[k].float() - new[k].float()).square().sum() for k in old)
+        size = sum(old[k].float().square().sum() for k in old)
+        assert 0 < distance < 1e-3 * size
+
+
+def quadratic(seed_everything: int) -> tuple[torch.nn.Linear, object]:
+    torch.manual_seed(seed_everything)
+    network = torch.nn.Linear(4, 1)
+
+    def loss(generator):
+        x = torch.randn(8, 4, generator=generator)
+        return {"square": (network(x)[:, 0] - x.sum(1)).square().mean()}
+
+    return network, loss
+
+
+def test_pretrain_learns_a_linear_map(tmp_path):
+    network, loss = quadratic(0)
+    pretrain(network, loss, tmp_path, steps=400, learning_rate=0.05, weight_decay=0.0)
+    assert torch.allclose(network.weight, torch.ones(1, 4), atol=1e-2)
+
+
+def test_pretrain_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    (tmp_path / "a" / "x").mkdir(parents=True), (tmp_path / "b" / "x").mkdir(parents=True)
+    whole, loss = quadratic(0)
+    pretrain(whole, loss, tmp_path / "a" / "x", steps=20, learning_rate=0.05)
+    monkeypatch.setattr("train.pretrain.SAVE_SECONDS", -1.0)
+    cut, loss = quadratic(0)
+
+    class KilledError(Exception):
+        pass
+
+    calls = iter(range(100))
+
+    def loss_until_killed(generator):
+        if next(calls) == 7:
+            raise KilledError
+        return loss(generator)
+
+    with pytest.raises(KilledError):
+        pretrain(cut, loss_until_killed, tmp_path / "b" / "x", steps=20, learning_rate=0.05)
+    resumed, loss = quadratic(1)  # another start: the state must overrule it
+    pretrain(resumed, loss, tmp_path / "b" / "x", steps=20, learning_rate=0.05)
+    assert torch.equal(whole.weight, resumed.weight)
+
+
+def test_pretrain_stops_at_a_loss_that_is_not_finite(tmp_path):
+    network, _ = quadratic(0)
+    with pytest.raises(UserError, match="the loss of step 0 is nan"):
+        pretrain(network, lambda g: {"l": network.weight.sum() * float("nan")}, tmp_path, steps=2, learning_rate=0.1)
+
+
+def test_a_damaged_state_is_said(tmp_path):
+    network, loss = quadratic(0)
+    (tmp_path / "state.pt").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"state\.pt"):
+        pretrain(network, loss, tmp_path, steps=2, learning_rate=0.1)

@@ -1,0 +1,126 @@
+"""The loop that trains the tiny base's networks from nothing: AdamW, a cosine, a state to go on from."""
+
+import csv
+import math
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from model import UserError
+from sampling import derived_seed
+from train.loop import stop_requests
+from weights import atomic_write, write_json
+from weights.files import container_of
+from weights.unpickle import load_torch
+
+WARMUP = 100  # steps
+SAVE_SECONDS = 60.0
+
+
+def pretrain(
+    network: nn.Module,
+    loss: Callable[[torch.Generator], dict[str, Tensor]],
+    folder: Path,
+    *,
+    steps: int,
+    learning_rate: float,
+    weight_decay: float = 0.01,
+    seed: int = 0,
+    trained: Iterable[nn.Parameter] | None = None,
+) -> None:
+    """Train `network` to the end, or go on from the state in `folder`.
+
+    All randomness of a step comes from (seed, folder's name, step) alone, so that a run that was stopped ends as one
+    that was not.
+
+    Args:
+        network: what is saved in the state; on its device, in float32.
+        loss: gives a step's losses from its CPU generator; the sum is minimised.
+        folder: for `state.pt` and `log.csv`.
+        steps: in all; the learning rate rises over the first 100 and falls along a cosine to zero.
+        learning_rate: at its highest.
+        weight_decay: AdamW's, as in Loshchilov and Hutter 2019.
+        seed: of the steps.
+        trained: the parameters that move; None: all.
+
+    Raises:
+        UserError: a loss that is not finite, or a damaged state.
+        KeyboardInterrupt: the run was asked to stop; its state is saved.
+    """
+    parameters = list(network.parameters() if trained is None else trained)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
+    )
+    state = folder / "state.pt"
+    done, seconds = _restore(state, network, optimizer)
+    started = saved = time.monotonic()
+
+    def save() -> None:
+        with atomic_write(state) as temporary:
+            so_far = seconds + time.monotonic() - started
+            moved = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save({"done": done, "seconds": so_far, **moved}, temporary)
+
+    network.train()
+    with stop_requests() as stop:
+        bar = tqdm(range(done, steps), desc=folder.name, initial=done, total=steps, mininterval=5)
+        for step in bar:
+            rise, fall = min(1.0, (step + 1) / WARMUP), 0.5 + 0.5 * math.cos(math.pi * step / steps)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * rise * fall
+            generator = torch.Generator().manual_seed(derived_seed(seed, folder.name, step))
+            losses = loss(generator)
+            total = torch.stack(list(losses.values())).sum()
+            if not math.isfinite(total.item()):
+                raise UserError(f"{folder.name}: the loss of step {step} is {total.item()}: lower the learning rate")
+            total.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            done = step + 1
+            if done % 50 == 0:
+                _log(folder / "log.csv", done, losses)
+                bar.set_postfix({name: f"{value.item():.4f}" for name, value in losses.items()})
+            if stop.is_set() or time.monotonic() - saved > SAVE_SECONDS:
+                save()
+                saved = time.monotonic()
+            if stop.is_set():
+                raise KeyboardInterrupt(f"{done} of {steps} steps are saved; the same command goes on from there")
+    if not (folder / "done.json").is_file():
+        save()
+        took = seconds + time.monotonic() - started
+        write_json(folder / "done.json", {"steps": done, "seconds": round(took), "device": device_name(parameters[0])})
+    network.eval().requires_grad_(False)
+
+
+def _restore(state: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+    """Take up the state, if there is one, and return how many steps and seconds it has behind it."""
+    if not state.is_file():
+        return 0, 0.0
+    try:
+        saved = load_torch(state, container_of(state), "cpu")
+        network.load_state_dict(saved["network"])
+        optimizer.load_state_dict(saved["optimizer"])
+        return int(saved["done"]), float(saved["seconds"])
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{state} is damaged ({error}): delete it, and the stage starts anew") from error
+
+
+def _log(path: Path, step: int, losses: dict[str, Tensor]) -> None:
+    new = not path.is_file()
+    with open(path, "a", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow(["step", *losses])
+        writer.writerow([step, *(f"{value.item():.6g}" for value in losses.values())])
+
+
+def device_name(parameter: Tensor) -> str:
+    """What a model card calls the device: the card's name, or the CPU with its threads."""
+    if parameter.device.type == "cuda":
+        return torch.cuda.get_device_name(parameter.device)
+    return f"CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,362 @@
+"""The recipe of the tiny base: four networks trained from nothing on the rendered world, `python -m train.tiny`.
+
+Stages, in this order: `clip` (text encoder and scorer, contrastively), `vae` (the autoencoder), `image` (the spatial
+UNet, on single frames), `video` (motion modules, on clips, with the spatial part frozen except for the keys and values
+of its text: AnimateDiff, section 4). What they give is written in the layouts that `load_base` reads.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from model import (
+    TINY,
+    AutoencoderKL,
+    LatentDistribution,
+    NoiseSchedule,
+    Recipe,
+    TextConfig,
+    TextEncoder,
+    UNet3D,
+    UserError,
+    VAEConfig,
+)
+from sampling import derived_seed
+from train.pretrain import pretrain
+from train.vocabulary import write_tokenizer
+from train.world import NUM_FRAMES, SIZE, Scenes, caption, random_scenes, render
+from weights import atomic_write, load_base, parse_settings, read_json, run_command, write_json
+from weights.device import choose_device
+from weights.save import save_base
+
+LENGTH = 24  # tokens of a prompt: the world's longest caption has 13
+VAE = VAEConfig(block_out_channels=(16, 32, 64, 96), norm_num_groups=8)
+INSIDE = 6.0  # a pixel inside the subject counts so much more than one of the background
+KL = 3e-4  # of the KL divergence per latent, against the error per pixel
+SNR_CAP = 5.0
+RECIPE = Recipe(num_frames=NUM_FRAMES, height=SIZE, width=SIZE)
+
+SETTINGS = "settings.json"
+
+
+@dataclass(kw_only=True)
+class TinySettings:
+    """How the tiny base is trained.
+
+    Args:
+        out: folder for the stages' states and logs, and for the finished base in base/.
+        stage: one of the four (those before it must be done), or all that are not done yet.
+        start: folder of a tiny base whose weights the stages go on from; not given: from random ones.
+        device: "cuda", "cpu"; not given: CUDA if there is one.
+        seed: of everything random.
+        clip_steps: batches of 96 frames with their captions.
+        vae_steps: batches of 16 frames.
+        image_steps: batches of 64 frames.
+        video_steps: batches of 4 clips.
+        frames: frames encoded ahead for the image stage.
+        clips: clips encoded ahead for the video stage.
+    """
+
+    out: str = "tiny"
+    stage: Literal["all", "clip", "vae", "image", "video"] = "all"
+    start: str | None = None
+    device: str | None = None
+    seed: int = 0
+    clip_steps: int = 1800
+    vae_steps: int = 4600
+    image_steps: int = 5000
+    video_steps: int = 2600
+    frames: int = 24576
+    clips: int = 4096
+
+
+def train_tiny(settings: TinySettings) -> Path:
+    """Run the stages that `settings.stage` names and, after the last one, write the base.
+
+    Returns the folder of the base. Raises UserError for an --out of another run, a stage whose forerunners are not
+    done, or a loss that is not finite; KeyboardInterrupt where the run was stopped: the same command goes on.
+    """
+    out = Path(settings.out)
+    _begin(out, settings)
+    stages = {"clip": train_clip, "vae": train_vae, "image": train_image, "video": train_video}
+    for name, stage in stages.items():
+        if settings.stage in ("all", name):
+            (out / name).mkdir(exist_ok=True)
+            stage(out, settings)
+    if settings.stage in ("all", "video"):
+        vae = _vae(out)
+        video = _trained(out / "video", UNet3D(TINY))
+        save_base(out / "base", video, vae, _text(out), out / "tokenizer", RECIPE, clip=_clip(out))
+    return out / "base"
+
+
+def train_clip(out: Path, settings: TinySettings) -> None:
+    """Frames and captions, matched within batches of 96 (CLIP, section 2.3)."""
+    size = write_tokenizer(out / "tokenizer", LENGTH)
+    torch.manual_seed(derived_seed(settings.seed, "clip"))
+    clip = _start(CLIPModel(clip_config(size)), settings, "clip").to(choose_device(settings.device))
+    tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer", local_files_only=True)
+
+    def loss(generator: torch.Generator) -> dict[str, Tensor]:
+        scenes = _single_frames(96, generator)
+        frames, _ = render(scenes)
+        tokens = _tokens(tokenizer, _captions(scenes, generator))
+        logits = clip(tokens.to(clip.device), frames[:, :, 0].to(clip.device)).logits_per_text
+        match = torch.arange(len(logits), device=clip.device)
+        return {"contrast": (F.cross_entropy(logits, match) + F.cross_entropy(logits.T, match)) / 2}
+
+    pretrain(
+        clip,
+        loss,
+        out / "clip",
+        steps=settings.clip_steps,
+        learning_rate=1e-3,
+        weight_decay=0.02,
+        seed=settings.seed,
+    )
+
+
+def train_vae(out: Path, settings: TinySettings) -> None:
+    """Frames to latents and back; pixels of the subject weigh seven times as much as the background's.
+
+    Without that weight a short training learns the background, and drops the subject.
+    """
+    device = choose_device(settings.device)
+    torch.manual_seed(derived_seed(settings.seed, "vae"))
+    vae = _start(AutoencoderKL(VAE), settings, "vae").to(device)
+
+    def loss(generator: torch.Generator) -> dict[str, Tensor]:
+        frames, mask = render(_single_frames(16, generator))
+        frames, mask = frames[:, :, 0].to(device), mask[:, :, 0].to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            mean, log_variance = vae.encode(frames).float().chunk(2, dim=1)
+            log_variance = log_variance.clamp(-30, 20)
+            noise = torch.randn(mean.shape, generator=generator).to(device)
+            decoded = vae.decode(mean + torch.exp(0.5 * log_variance) * noise).float()
+        difference = decoded - frames
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+        return {
+            "pixels": ((difference.abs() + 2 * difference.square()) * (1 + INSIDE * mask)).mean(),
+            "kl": KL * kl.mean(),
+        }
+
+    pretrain(vae, loss, out / "vae", steps=settings.vae_steps, learning_rate=1.5e-3, seed=settings.seed)
+    write_json(out / "vae" / "scale.json", {"scaling_factor": _scaling_factor(vae, device)})
+
+
+def train_image(out: Path, settings: TinySettings) -> None:
+    """The spatial UNet learns to denoise single frames, as Stable Diffusion's (CustomTTT's motion=False)."""
+    torch.manual_seed(derived_seed(settings.seed, "image"))
+    unet = _start(UNet3D(dataclasses.replace(TINY, motion=None)), settings, "unet", strict=False)
+    _train_unet(out, settings, "image", unet, 64, settings.image_steps, 1e-3, unet.parameters())
+
+
+def train_video(out: Path, settings: TinySettings) -> None:
+    """Motion modules learn clips; of the spatial part only the keys and values of the text move with them.
+
+    Motion modules see no text, and where a single frame does not tell the motion (growing, resting), the frozen
+    spatial part has nothing to hand on to them: its text keys and values learn to.
+    """
+    torch.manual_seed(derived_seed(settings.seed, "video"))
+    unet = UNet3D(TINY)
+    for name, module in unet.named_modules():
+        if ".temporal." in name and name.endswith("proj_out") and isinstance(module, nn.Linear):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    if settings.start is None:
+        spatial = _trained(out / "image", UNet3D(dataclasses.replace(TINY, motion=None)))
+        unet.load_state_dict(spatial.state_dict(), strict=False)
+    unet = _start(unet, settings, "unet")
+    moving = ("attn2.to_k.weight", "attn2.to_v.weight")
+    trained = [p for name, p in unet.named_parameters() if ".temporal." in name or name.endswith(moving)]
+    _train_unet(out, settings, "video", unet, 4, settings.video_steps, 1e-3, trained)
+
+
+def _train_unet(
+    out: Path,
+    settings: TinySettings,
+    stage: str,
+    unet: UNet3D,
+    batch: int,
+    steps: int,
+    learning_rate: float,
+    trained: Iterable[nn.Parameter],
+) -> None:
+    """Noise prediction on latents encoded ahead, with captions of which one in ten is empty (DDPM, algorithm 1)."""
+    device = choose_device(settings.device)
+    trained = list(trained)
+    unet.requires_grad_(False).to(device)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    text, schedule = _text(out).to(device), NoiseSchedule()
+    tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer", local_files_only=True)
+    scenes, latents = _encoded(out, settings, stage)
+
+    def loss(generator: torch.Generator) -> dict[str, Tensor]:
+        picked = torch.randint(len(scenes), (batch,), generator=generator)
+        chosen = LatentDistribution(latents.mean[picked].float(), latents.std[picked].float())
+        clean = chosen.sample(torch.randn(chosen.mean.shape, generator=generator)).to(device)
+        prompts = _captions(scenes[picked], generator)
+        dropped = torch.rand(batch, generator=generator) < 0.1
+        prompts = ["" if drop else prompt for prompt, drop in zip(prompts, dropped.tolist(), strict=True)]
+        with torch.no_grad():
+            embedded = text(_tokens(tokenizer, prompts).to(device))
+        timesteps = torch.randint(schedule.num_train_timesteps, (batch,), generator=generator)
+        noise = torch.randn(chosen.mean.shape, generator=generator).to(device)
+        noisy = schedule.add_noise(clean, noise, timesteps)
+        prediction = unet(noisy, timesteps.to(device), embedded, motion=stage == "video")
+        error = (prediction - noise).square().flatten(1).mean(dim=1)
+        return {"noise": (min_snr(schedule, timesteps).to(device) * error).mean()}
+
+    pretrain(unet, loss, out / stage, steps=steps, learning_rate=learning_rate, seed=settings.seed, trained=trained)
+
+
+def min_snr(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
+    """Weights (b,) of the noise's error at `timesteps`: min(SNR, 5) / SNR (Hang et al. 2023, section 3.4).
+
+    Left alone, the many steps with little noise, where only details are at stake, would have most of the say.
+    """
+    alpha = schedule.alphas_cumprod[timesteps]
+    snr = alpha / (1 - alpha)
+    return snr.clamp(max=SNR_CAP) / snr
+
+
+@torch.no_grad()
+def _encoded(out: Path, settings: TinySettings, stage: str) -> tuple[Scenes, LatentDistribution]:
+    """The stage's scenes, the same in every run of one seed, and the latents of their frames, in float16."""
+    generator = torch.Generator().manual_seed(derived_seed(settings.seed, stage, "scenes"))
+    if stage == "image":
+        scenes = _single_frames(settings.frames, generator)
+    else:
+        scenes = random_scenes(settings.clips, generator)
+    file = out / stage / "latents.pt"
+    if not file.is_file():
+        device = choose_device(settings.device)
+        vae = _vae(out).to(device)
+        size = 64 if stage == "image" else 4
+        parts = []
+        for first in tqdm(range(0, len(scenes), size), desc=f"{stage}: encoding", mininterval=5):
+            frames, _ = render(scenes[first : first + size])
+            latents = vae.encode_latents(frames.to(device), chunk=64)
+            parts.append(torch.stack([latents.mean, latents.std]).half().cpu())
+        with atomic_write(file) as temporary:
+            torch.save(torch.cat(parts, dim=1), temporary)
+    mean, std = torch.load(file, weights_only=True)
+    return scenes, LatentDistribution(mean, std)
+
+
+def clip_config(vocab_size: int) -> CLIPConfig:
+    """The tiny CLIP: its text tower is the base's text encoder."""
+    text = TextConfig(vocab_size, 64, 256, 3, 4, LENGTH)
+    special = {"bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1, "pad_token_id": vocab_size - 1}
+    vision = {
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": SIZE,
+        "patch_size": 8,
+    }
+    return CLIPConfig(
+        text_config=dataclasses.asdict(text) | special,
+        vision_config=vision | {"hidden_act": text.hidden_act},
+        projection_dim=64,
+    )
+
+
+def _single_frames(count: int, generator: torch.Generator) -> Scenes:
+    """Scenes of one frame each, at any moment of a clip."""
+    return random_scenes(count, generator, torch.rand((count, 1), generator=generator))
+
+
+def _captions(scenes: Scenes, generator: torch.Generator) -> list[str]:
+    """The scenes' captions, of which some leave out the texture, the motion or the background."""
+    says = torch.rand((len(scenes), 3), generator=generator) > torch.tensor([0.1, 0.15, 0.15])
+    return [
+        caption(scenes, i, texture=texture, motion=motion, background=background)
+        for i, (texture, motion, background) in enumerate(says.tolist())
+    ]
+
+
+def _tokens(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
+    """Token numbers (b, 24), padded as `Base.embed` pads them."""
+    return tokenizer(prompts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")[
+        "input_ids"
+    ]
+
+
+def _start(network: nn.Module, settings: TinySettings, part: str, strict: bool = True) -> nn.Module:
+    """The network with the weights of --start, or as it was made."""
+    if settings.start is not None:
+        if part == "clip":
+            source: nn.Module = CLIPModel.from_pretrained(Path(settings.start) / "clip", local_files_only=True)
+        else:
+            source = getattr(load_base(settings.start, device="cpu"), part)
+        wanted = network.state_dict()
+        network.load_state_dict({k: v for k, v in source.state_dict().items() if k in wanted or strict})
+    return network
+
+
+def _trained(folder: Path, network: nn.Module) -> nn.Module:
+    """The network with the weights of a stage that is done."""
+    if not (folder / "done.json").is_file():
+        raise UserError(f"stage {folder.name} is not done yet: run it before those that build on it")
+    network.load_state_dict(torch.load(folder / "state.pt", weights_only=True, mmap=True)["network"])
+    return network.eval().requires_grad_(False)
+
+
+def _clip(out: Path) -> CLIPModel:
+    size = len(read_json(out / "tokenizer" / "vocab.json"))
+    return _trained(out / "clip", CLIPModel(clip_config(size)))
+
+
+def _text(out: Path) -> TextEncoder:
+    """The CLIP's text tower, as the base has it."""
+    clip = _clip(out)
+    text = TextEncoder(TextConfig(clip.config.text_config.vocab_size, 64, 256, 3, 4, LENGTH))
+    text.clip.load_state_dict(clip.text_model.state_dict())
+    return text.eval().requires_grad_(False)
+
+
+def _vae(out: Path) -> AutoencoderKL:
+    """The autoencoder, its latents scaled to a standard deviation of 1 as measured on fresh frames."""
+    return _trained(out / "vae", AutoencoderKL(dataclasses.replace(VAE, **read_json(out / "vae" / "scale.json"))))
+
+
+@torch.no_grad()
+def _scaling_factor(vae: AutoencoderKL, device: torch.device) -> float:
+    """One over the standard deviation of the latents of 512 frames."""
+    frames, _ = render(_single_frames(512, torch.Generator().manual_seed(0)))
+    latents = vae.encode_latents(frames.to(device), chunk=64)
+    return (latents.mean.square() + latents.std.square()).mean().rsqrt().item() * vae.config.scaling_factor
+
+
+def _begin(out: Path, settings: TinySettings) -> None:
+    """Write down the settings, or refuse to go on under others."""
+    record = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out", "stage", "device")}
+    file = out / SETTINGS
+    if out.exists() and not file.is_file() and any(out.iterdir()):
+        raise UserError(f"{out} is no folder of this recipe and is not empty: give --out a new name")
+    before = read_json(file) if file.is_file() else record
+    changed = [f"{k} ({before.get(k)} there, {v} now)" for k, v in record.items() if v != before.get(k)]
+    if changed:
+        raise UserError(f"{out} was begun with other settings: {', '.join(changed)}. Give --out a new name")
+    write_json(file, record)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python -m train.tiny`."""
+    about = "Train the tiny base on the rendered world: all stages, or one."
+    print(train_tiny(parse_settings(TinySettings, argv, prog="python -m train.tiny", description=about)))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -9,6 +9,7 @@ from model.errors import UserError
 from weights.settings import run_command
 
 COMMANDS = {
+    "demo": ("eval.demo", "a first look: inputs, all stages, and a page that shows what came of it"),
     "run": ("train.run", "all four steps from one file"),
     "appearance": ("train.appearance", "stage 1: train a LoRA of a subject's looks on a few pictures"),
     "motion": ("train.motion", "stage 2: train a LoRA of the motion in one video"),

@@ -12,7 +12,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["model", "lora", "weights", "sampling", "train"],
+    packages=["model", "lora", "weights", "sampling", "train", "eval"],
+    package_data={"weights": ["tiny/*", "tiny/**/*"], "eval": ["judge.safetensors"]},
     py_modules=["customttt"],
     install_requires=[
         "torch>=2.6,<2.14",

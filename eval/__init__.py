@@ -1,0 +1,14 @@
+"""What clips are worth: a judge of the rendered world, and measures of likeness and of motion."""
+
+from eval.measures import bootstrap_interval, identity, path_error
+from eval.reading import ClipReading, Judge, load_judge, read_clip
+
+__all__ = [
+    "ClipReading",
+    "Judge",
+    "bootstrap_interval",
+    "identity",
+    "load_judge",
+    "path_error",
+    "read_clip",
+]

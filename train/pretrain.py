@@ -3,7 +3,7 @@
 import csv
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ def pretrain(
     learning_rate: float,
     weight_decay: float = 0.01,
     seed: int = 0,
-    trained: Iterable[nn.Parameter] | None = None,
+    trained: Sequence[tuple[Iterable[nn.Parameter], float]] | None = None,
 ) -> None:
     """Train `network` to the end, or go on from the state in `folder`.
 
@@ -45,16 +45,16 @@ def pretrain(
         learning_rate: at its highest.
         weight_decay: AdamW's, as in Loshchilov and Hutter 2019.
         seed: of the steps.
-        trained: the parameters that move; None: all.
+        trained: the parameters that move, in groups with the share of the learning rate that each has; None: all.
 
     Raises:
         UserError: a loss that is not finite, or a damaged state.
         KeyboardInterrupt: the run was asked to stop; its state is saved.
     """
-    parameters = list(network.parameters() if trained is None else trained)
-    optimizer = torch.optim.AdamW(
-        parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
-    )
+    groups = [{"params": list(p)} for p, _ in trained or [(network.parameters(), 1.0)]]
+    shares = [share for _, share in trained or [((), 1.0)]]
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     state = folder / "state.pt"
     done, seconds = _restore(state, network, optimizer)
     started = saved = time.monotonic()
@@ -70,8 +70,8 @@ def pretrain(
         bar = tqdm(range(done, steps), desc=folder.name, initial=done, total=steps, mininterval=5)
         for step in bar:
             rise, fall = min(1.0, (step + 1) / WARMUP), 0.5 + 0.5 * math.cos(math.pi * step / steps)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * rise * fall
+            for group, share in zip(optimizer.param_groups, shares, strict=True):
+                group["lr"] = share * learning_rate * rise * fall
             generator = torch.Generator().manual_seed(derived_seed(seed, folder.name, step))
             losses = loss(generator)
             total = torch.stack(list(losses.values())).sum()

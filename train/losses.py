@@ -3,6 +3,10 @@
 import torch
 from torch import Tensor
 
+from model import NoiseSchedule
+
+SNR_CAP = 5.0
+
 
 def noise_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """|| eps - eps_theta ||^2, averaged over all elements, in float32 (CustomTTT, equation 1)."""
@@ -34,3 +38,13 @@ def motion_loss(prediction: Tensor, target: Tensor, generator: torch.Generator, 
         return loss
     anchor = int(torch.randint(prediction.shape[2], (), generator=generator))
     return loss + debiased_loss(prediction, target, anchor)
+
+
+def min_snr(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
+    """Weights (b,) of the noise's error at `timesteps`: min(SNR, 5) / SNR (Hang et al. 2023, section 3.4).
+
+    Left alone, the many steps with little noise, where only details are at stake, would have most of the say.
+    """
+    alpha = schedule.alphas_cumprod[timesteps]
+    snr = alpha / (1 - alpha)
+    return snr.clamp(max=SNR_CAP) / snr

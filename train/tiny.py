@@ -1,8 +1,9 @@
 """The recipe of the tiny base: four networks trained from nothing on the rendered world, `python -m train.tiny`.
 
-Stages, in this order: `clip` (text encoder and scorer, contrastively), `vae` (the autoencoder), `image` (the spatial
-UNet, on single frames), `video` (motion modules, on clips, with the spatial part frozen except for the keys and values
-of its text: AnimateDiff, section 4). What they give is written in the layouts that `load_base` reads.
+Stages, in this order: `clip` (text encoder and scorer, contrastively), `vae` (the autoencoder), `decoder` (its second
+half again, on noisy latents), `image` (the spatial UNet, on single frames), `video` (motion modules, on clips, with the
+spatial part frozen except for the keys and values of its text: AnimateDiff, section 4). What they give is written in
+the layouts that `load_base` reads.
 """
 
 import dataclasses
@@ -14,8 +15,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTokenizer
 
 from model import (
     TINY,
@@ -23,25 +23,35 @@ from model import (
     LatentDistribution,
     NoiseSchedule,
     Recipe,
-    TextConfig,
-    TextEncoder,
     UNet3D,
     UserError,
-    VAEConfig,
 )
 from sampling import derived_seed
+from train.losses import min_snr
 from train.pretrain import pretrain
+from train.tiny_parts import (
+    LENGTH,
+    VAE,
+    clip_config,
+    encoded,
+    load_trained,
+    measured_scale,
+    random_captions,
+    single_frames,
+    tokens_of,
+    trained_clip,
+    trained_text,
+    trained_vae,
+)
 from train.vocabulary import write_tokenizer
-from train.world import NUM_FRAMES, SIZE, Scenes, caption, random_scenes, render
-from weights import atomic_write, load_base, parse_settings, read_json, run_command, write_json
+from train.world import NUM_FRAMES, SIZE, random_scenes, render
+from weights import load_base, parse_settings, read_json, run_command, write_json
 from weights.device import choose_device
 from weights.save import save_base
 
-LENGTH = 24  # tokens of a prompt: the world's longest caption has 13
-VAE = VAEConfig(block_out_channels=(16, 32, 64, 96), norm_num_groups=8)
 INSIDE = 6.0  # a pixel inside the subject counts so much more than one of the background
+FORGIVEN = 0.3  # noise on the latents that the decoder is made to forgive, at most, in their standard deviation
 KL = 3e-4  # of the KL divergence per latent, against the error per pixel
-SNR_CAP = 5.0
 RECIPE = Recipe(num_frames=NUM_FRAMES, height=SIZE, width=SIZE)
 
 SETTINGS = "settings.json"
@@ -53,12 +63,13 @@ class TinySettings:
 
     Args:
         out: folder for the stages' states and logs, and for the finished base in base/.
-        stage: one of the four (those before it must be done), or all that are not done yet.
+        stage: one of the five (those before it must be done), or all that are not done yet.
         start: folder of a tiny base whose weights the stages go on from; not given: from random ones.
         device: "cuda", "cpu"; not given: CUDA if there is one.
         seed: of everything random.
         clip_steps: batches of 96 frames with their captions.
         vae_steps: batches of 16 frames.
+        decoder_steps: batches of 16 frames.
         image_steps: batches of 64 frames.
         video_steps: batches of 4 clips.
         frames: frames encoded ahead for the image stage.
@@ -66,12 +77,13 @@ class TinySettings:
     """
 
     out: str = "tiny"
-    stage: Literal["all", "clip", "vae", "image", "video"] = "all"
+    stage: Literal["all", "clip", "vae", "decoder", "image", "video"] = "all"
     start: str | None = None
     device: str | None = None
     seed: int = 0
     clip_steps: int = 1800
     vae_steps: int = 4600
+    decoder_steps: int = 2000
     image_steps: int = 5800
     video_steps: int = 2400
     frames: int = 24576
@@ -86,15 +98,21 @@ def train_tiny(settings: TinySettings) -> Path:
     """
     out = Path(settings.out)
     _begin(out, settings)
-    stages = {"clip": train_clip, "vae": train_vae, "image": train_image, "video": train_video}
+    stages = {
+        "clip": train_clip,
+        "vae": train_vae,
+        "decoder": train_decoder,
+        "image": train_image,
+        "video": train_video,
+    }
     for name, stage in stages.items():
         if settings.stage in ("all", name):
             (out / name).mkdir(exist_ok=True)
             stage(out, settings)
     if settings.stage in ("all", "video"):
-        vae = _vae(out)
-        video = _trained(out / "video", UNet3D(TINY))
-        save_base(out / "base", video, vae, _text(out), out / "tokenizer", RECIPE, clip=_clip(out))
+        vae = trained_vae(out, "decoder")
+        video = load_trained(out / "video", UNet3D(TINY))
+        save_base(out / "base", video, vae, trained_text(out), out / "tokenizer", RECIPE, clip=trained_clip(out))
     return out / "base"
 
 
@@ -106,9 +124,9 @@ def train_clip(out: Path, settings: TinySettings) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer", local_files_only=True)
 
     def loss(generator: torch.Generator) -> dict[str, Tensor]:
-        scenes = _single_frames(96, generator)
+        scenes = single_frames(96, generator)
         frames, _ = render(scenes)
-        tokens = _tokens(tokenizer, _captions(scenes, generator))
+        tokens = tokens_of(tokenizer, random_captions(scenes, generator))
         logits = clip(tokens.to(clip.device), frames[:, :, 0].to(clip.device)).logits_per_text
         match = torch.arange(len(logits), device=clip.device)
         return {"contrast": (F.cross_entropy(logits, match) + F.cross_entropy(logits.T, match)) / 2}
@@ -134,22 +152,52 @@ def train_vae(out: Path, settings: TinySettings) -> None:
     vae = _start(AutoencoderKL(VAE), settings, "vae").to(device)
 
     def loss(generator: torch.Generator) -> dict[str, Tensor]:
-        frames, mask = render(_single_frames(16, generator))
-        frames, mask = frames[:, :, 0].to(device), mask[:, :, 0].to(device)
+        frames, mask = (part[:, :, 0].to(device) for part in render(single_frames(16, generator)))
         with torch.autocast(device.type, torch.bfloat16):
             mean, log_variance = vae.encode(frames).float().chunk(2, dim=1)
             log_variance = log_variance.clamp(-30, 20)
             noise = torch.randn(mean.shape, generator=generator).to(device)
             decoded = vae.decode(mean + torch.exp(0.5 * log_variance) * noise).float()
-        difference = decoded - frames
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
-        return {
-            "pixels": ((difference.abs() + 2 * difference.square()) * (1 + INSIDE * mask)).mean(),
-            "kl": KL * kl.mean(),
-        }
+        return {"pixels": _pixel_loss(decoded, frames, mask), "kl": KL * kl.mean()}
 
     pretrain(vae, loss, out / "vae", steps=settings.vae_steps, learning_rate=1.5e-3, seed=settings.seed)
-    write_json(out / "vae" / "scale.json", {"scaling_factor": _scaling_factor(vae, device)})
+    write_json(out / "vae" / "scale.json", {"scaling_factor": measured_scale(vae, device)})
+
+
+def train_decoder(out: Path, settings: TinySettings) -> None:
+    """The decoder goes on with noisy latents, so that it forgives what a sampler gets wrong; the encoder stays."""
+    device = choose_device(settings.device)
+    vae = trained_vae(out).to(device)
+    decoder = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
+    for parameter in decoder:
+        parameter.requires_grad_(True)
+
+    def loss(generator: torch.Generator) -> dict[str, Tensor]:
+        frames, mask = (part[:, :, 0].to(device) for part in render(single_frames(16, generator)))
+        with torch.autocast(device.type, torch.bfloat16):
+            with torch.no_grad():
+                mean = vae.encode(frames).float().chunk(2, dim=1)[0]
+            level = FORGIVEN / vae.config.scaling_factor * torch.rand((len(mean), 1, 1, 1), generator=generator)
+            noise = level * torch.randn(mean.shape, generator=generator)
+            decoded = vae.decode(mean + noise.to(device)).float()
+        return {"pixels": _pixel_loss(decoded, frames, mask)}
+
+    pretrain(
+        vae,
+        loss,
+        out / "decoder",
+        steps=settings.decoder_steps,
+        learning_rate=7e-4,
+        seed=settings.seed,
+        trained=[(decoder, 1.0)],
+    )
+
+
+def _pixel_loss(decoded: Tensor, frames: Tensor, mask: Tensor) -> Tensor:
+    """Absolute and squared differences, weighted by where the subject is."""
+    difference = decoded - frames
+    return ((difference.abs() + 2 * difference.square()) * (1 + INSIDE * mask)).mean()
 
 
 def train_image(out: Path, settings: TinySettings) -> None:
@@ -172,7 +220,7 @@ def train_video(out: Path, settings: TinySettings) -> None:
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
     if settings.start is None:
-        spatial = _trained(out / "image", UNet3D(dataclasses.replace(TINY, motion=None)))
+        spatial = load_trained(out / "image", UNet3D(dataclasses.replace(TINY, motion=None)))
         unet.load_state_dict(spatial.state_dict(), strict=False)
     unet = _start(unet, settings, "unet")
     text = ("attn2.to_k.weight", "attn2.to_v.weight")
@@ -196,101 +244,30 @@ def _train_unet(
     unet.requires_grad_(False).to(device)
     for parameter in (p for group, _ in trained for p in group):
         parameter.requires_grad_(True)
-    text, schedule = _text(out).to(device), NoiseSchedule()
+    text, schedule = trained_text(out).to(device), NoiseSchedule()
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer", local_files_only=True)
-    scenes, latents = _encoded(out, settings, stage)
+    generator = torch.Generator().manual_seed(derived_seed(settings.seed, stage, "scenes"))
+    clips = stage == "video"
+    scenes = random_scenes(settings.clips, generator) if clips else single_frames(settings.frames, generator)
+    latents = encoded(out, stage, scenes, device)
 
     def loss(generator: torch.Generator) -> dict[str, Tensor]:
         picked = torch.randint(len(scenes), (batch,), generator=generator)
         chosen = LatentDistribution(latents.mean[picked].float(), latents.std[picked].float())
         clean = chosen.sample(torch.randn(chosen.mean.shape, generator=generator)).to(device)
-        prompts = _captions(scenes[picked], generator)
+        prompts = random_captions(scenes[picked], generator)
         dropped = torch.rand(batch, generator=generator) < 0.1
         prompts = ["" if drop else prompt for prompt, drop in zip(prompts, dropped.tolist(), strict=True)]
         with torch.no_grad():
-            embedded = text(_tokens(tokenizer, prompts).to(device))
+            embedded = text(tokens_of(tokenizer, prompts).to(device))
         timesteps = torch.randint(schedule.num_train_timesteps, (batch,), generator=generator)
         noise = torch.randn(chosen.mean.shape, generator=generator).to(device)
         noisy = schedule.add_noise(clean, noise, timesteps)
-        prediction = unet(noisy, timesteps.to(device), embedded, motion=stage == "video")
+        prediction = unet(noisy, timesteps.to(device), embedded, motion=clips)
         error = (prediction - noise).square().flatten(1).mean(dim=1)
         return {"noise": (min_snr(schedule, timesteps).to(device) * error).mean()}
 
     pretrain(unet, loss, out / stage, steps=steps, learning_rate=1e-3, seed=settings.seed, trained=trained)
-
-
-def min_snr(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
-    """Weights (b,) of the noise's error at `timesteps`: min(SNR, 5) / SNR (Hang et al. 2023, section 3.4).
-
-    Left alone, the many steps with little noise, where only details are at stake, would have most of the say.
-    """
-    alpha = schedule.alphas_cumprod[timesteps]
-    snr = alpha / (1 - alpha)
-    return snr.clamp(max=SNR_CAP) / snr
-
-
-@torch.no_grad()
-def _encoded(out: Path, settings: TinySettings, stage: str) -> tuple[Scenes, LatentDistribution]:
-    """The stage's scenes, the same in every run of one seed, and the latents of their frames, in float16."""
-    generator = torch.Generator().manual_seed(derived_seed(settings.seed, stage, "scenes"))
-    if stage == "image":
-        scenes = _single_frames(settings.frames, generator)
-    else:
-        scenes = random_scenes(settings.clips, generator)
-    file = out / stage / "latents.pt"
-    if not file.is_file():
-        device = choose_device(settings.device)
-        vae = _vae(out).to(device)
-        size = 64 if stage == "image" else 4
-        parts = []
-        for first in tqdm(range(0, len(scenes), size), desc=f"{stage}: encoding", mininterval=5):
-            frames, _ = render(scenes[first : first + size])
-            latents = vae.encode_latents(frames.to(device), chunk=64)
-            parts.append(torch.stack([latents.mean, latents.std]).half().cpu())
-        with atomic_write(file) as temporary:
-            torch.save(torch.cat(parts, dim=1), temporary)
-    mean, std = torch.load(file, weights_only=True)
-    return scenes, LatentDistribution(mean, std)
-
-
-def clip_config(vocab_size: int) -> CLIPConfig:
-    """The tiny CLIP: its text tower is the base's text encoder."""
-    text = TextConfig(vocab_size, 64, 256, 3, 4, LENGTH)
-    special = {"bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1, "pad_token_id": vocab_size - 1}
-    vision = {
-        "hidden_size": 64,
-        "intermediate_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "image_size": SIZE,
-        "patch_size": 8,
-    }
-    return CLIPConfig(
-        text_config=dataclasses.asdict(text) | special,
-        vision_config=vision | {"hidden_act": text.hidden_act},
-        projection_dim=64,
-    )
-
-
-def _single_frames(count: int, generator: torch.Generator) -> Scenes:
-    """Scenes of one frame each, at any moment of a clip."""
-    return random_scenes(count, generator, torch.rand((count, 1), generator=generator))
-
-
-def _captions(scenes: Scenes, generator: torch.Generator) -> list[str]:
-    """The scenes' captions, of which some leave out the texture, the motion or the background."""
-    says = torch.rand((len(scenes), 3), generator=generator) > torch.tensor([0.1, 0.15, 0.15])
-    return [
-        caption(scenes, i, texture=texture, motion=motion, background=background)
-        for i, (texture, motion, background) in enumerate(says.tolist())
-    ]
-
-
-def _tokens(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
-    """Token numbers (b, 24), padded as `Base.embed` pads them."""
-    return tokenizer(prompts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")[
-        "input_ids"
-    ]
 
 
 def _start(network: nn.Module, settings: TinySettings, part: str, strict: bool = True) -> nn.Module:
@@ -303,40 +280,6 @@ def _start(network: nn.Module, settings: TinySettings, part: str, strict: bool =
         wanted = network.state_dict()
         network.load_state_dict({k: v for k, v in source.state_dict().items() if k in wanted or strict})
     return network
-
-
-def _trained(folder: Path, network: nn.Module) -> nn.Module:
-    """The network with the weights of a stage that is done."""
-    if not (folder / "done.json").is_file():
-        raise UserError(f"stage {folder.name} is not done yet: run it before those that build on it")
-    network.load_state_dict(torch.load(folder / "state.pt", weights_only=True, mmap=True)["network"])
-    return network.eval().requires_grad_(False)
-
-
-def _clip(out: Path) -> CLIPModel:
-    size = len(read_json(out / "tokenizer" / "vocab.json"))
-    return _trained(out / "clip", CLIPModel(clip_config(size)))
-
-
-def _text(out: Path) -> TextEncoder:
-    """The CLIP's text tower, as the base has it."""
-    clip = _clip(out)
-    text = TextEncoder(TextConfig(clip.config.text_config.vocab_size, 64, 256, 3, 4, LENGTH))
-    text.clip.load_state_dict(clip.text_model.state_dict())
-    return text.eval().requires_grad_(False)
-
-
-def _vae(out: Path) -> AutoencoderKL:
-    """The autoencoder, its latents scaled to a standard deviation of 1 as measured on fresh frames."""
-    return _trained(out / "vae", AutoencoderKL(dataclasses.replace(VAE, **read_json(out / "vae" / "scale.json"))))
-
-
-@torch.no_grad()
-def _scaling_factor(vae: AutoencoderKL, device: torch.device) -> float:
-    """One over the standard deviation of the latents of 512 frames."""
-    frames, _ = render(_single_frames(512, torch.Generator().manual_seed(0)))
-    latents = vae.encode_latents(frames.to(device), chunk=64)
-    return (latents.mean.square() + latents.std.square()).mean().rsqrt().item() * vae.config.scaling_factor
 
 
 def _begin(out: Path, settings: TinySettings) -> None:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from train.losses import debiased_loss, motion_loss, noise_loss
+from model import NoiseSchedule
+from train.losses import debiased_loss, min_snr, motion_loss, noise_loss
 
 
 def brute_force_debiased(prediction, target, anchor, beta=1.0):
@@ -52,3 +53,15 @@ def test_motion_loss_draws_its_anchor_from_the_generator_and_every_frame_may_be_
 def test_half_precision_predictions_are_compared_in_float32():
     prediction, target = torch.full((1, 1, 2, 1, 1), 300.0).half(), torch.zeros(1, 1, 2, 1, 1)
     assert noise_loss(prediction, target).item() == 90_000
+
+
+def test_min_snr_caps_the_say_of_steps_with_little_noise():
+    """By a loop over the betas: a step of SNR 20 counts a quarter, one below 5 in full."""
+    schedule, kept, weights = NoiseSchedule(), 1.0, []
+    for step in range(1000):
+        kept *= 1 - (0.00085 + (0.012 - 0.00085) * step / 999)
+        snr = kept / (1 - kept)
+        weights.append(min(1.0, 5 / snr))
+    assert torch.allclose(min_snr(schedule, torch.arange(1000)), torch.tensor(weights), rtol=1e-3)
+    assert weights[0] < 0.01
+    assert weights[999] == 1

@@ -10,7 +10,15 @@ from train.pretrain import pretrain
 from train.tiny import TinySettings, train_tiny
 from weights import load_base
 
-SMALL = {"clip_steps": 2, "vae_steps": 2, "image_steps": 2, "video_steps": 2, "frames": 8, "clips": 4}
+SMALL = {
+    "clip_steps": 2,
+    "vae_steps": 2,
+    "decoder_steps": 2,
+    "image_steps": 2,
+    "video_steps": 2,
+    "frames": 8,
+    "clips": 4,
+}
 
 
 @pytest.fixture(scope="module")

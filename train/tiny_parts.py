@@ -1,0 +1,109 @@
+"""What the stages of the tiny base's recipe share: its networks' sizes, what is trained so far, frames and captions."""
+
+import dataclasses
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from model import AutoencoderKL, LatentDistribution, TextConfig, TextEncoder, UserError, VAEConfig
+from train.world import SIZE, Scenes, caption, random_scenes, render
+from weights import atomic_write, read_json
+
+Network = TypeVar("Network", bound=nn.Module)
+
+LENGTH = 24  # tokens of a prompt: the world's longest caption has 13
+VAE = VAEConfig(block_out_channels=(16, 32, 64, 96), norm_num_groups=8)
+
+
+def clip_config(vocab_size: int) -> CLIPConfig:
+    """The tiny CLIP: its text tower is the base's text encoder."""
+    text = TextConfig(vocab_size, 64, 256, 3, 4, LENGTH)
+    special = {"bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1, "pad_token_id": vocab_size - 1}
+    vision = {
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": SIZE,
+        "patch_size": 8,
+    }
+    return CLIPConfig(
+        text_config=dataclasses.asdict(text) | special,
+        vision_config=vision | {"hidden_act": text.hidden_act},
+        projection_dim=64,
+    )
+
+
+def single_frames(count: int, generator: torch.Generator) -> Scenes:
+    """Scenes of one frame each, at any moment of a clip."""
+    return random_scenes(count, generator, torch.rand((count, 1), generator=generator))
+
+
+def random_captions(scenes: Scenes, generator: torch.Generator) -> list[str]:
+    """The scenes' captions, of which some leave out the texture, the motion or the background."""
+    says = torch.rand((len(scenes), 3), generator=generator) > torch.tensor([0.1, 0.15, 0.15])
+    return [
+        caption(scenes, i, texture=texture, motion=motion, background=background)
+        for i, (texture, motion, background) in enumerate(says.tolist())
+    ]
+
+
+def tokens_of(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
+    """Token numbers (b, 24), padded as `Base.embed` pads them."""
+    return tokenizer(prompts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")[
+        "input_ids"
+    ]
+
+
+def load_trained(folder: Path, network: Network) -> Network:
+    """The network with the weights of a stage that is done."""
+    if not (folder / "done.json").is_file():
+        raise UserError(f"stage {folder.name} is not done yet: run it before those that build on it")
+    network.load_state_dict(torch.load(folder / "state.pt", weights_only=True, mmap=True)["network"])
+    return network.eval().requires_grad_(False)
+
+
+def trained_clip(out: Path) -> CLIPModel:
+    size = len(read_json(out / "tokenizer" / "vocab.json"))
+    return load_trained(out / "clip", CLIPModel(clip_config(size)))
+
+
+def trained_text(out: Path) -> TextEncoder:
+    """The CLIP's text tower, as the base has it."""
+    clip = trained_clip(out)
+    text = TextEncoder(TextConfig(clip.config.text_config.vocab_size, 64, 256, 3, 4, LENGTH))
+    text.clip.load_state_dict(clip.text_model.state_dict())
+    return text.eval().requires_grad_(False)
+
+
+def trained_vae(out: Path, stage: str = "vae") -> AutoencoderKL:
+    """The autoencoder, its latents scaled to a standard deviation of 1 as measured on fresh frames."""
+    return load_trained(out / stage, AutoencoderKL(dataclasses.replace(VAE, **read_json(out / "vae" / "scale.json"))))
+
+
+@torch.no_grad()
+def measured_scale(vae: AutoencoderKL, device: torch.device) -> float:
+    """One over the standard deviation of the latents of 512 frames."""
+    frames, _ = render(single_frames(512, torch.Generator().manual_seed(0)))
+    latents = vae.encode_latents(frames.to(device), chunk=64)
+    return (latents.mean.square() + latents.std.square()).mean().rsqrt().item() * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def encoded(out: Path, stage: str, scenes: Scenes, device: torch.device) -> LatentDistribution:
+    """The latents of `scenes`, (n, 4, f, 8, 8) in float16 on the CPU, from the stage's file or into it."""
+    file = out / stage / "latents.pt"
+    if not file.is_file():
+        vae = trained_vae(out).to(device)
+        parts = []
+        for part in tqdm(torch.arange(len(scenes)).split(64), desc=f"{stage}: encoding", mininterval=5):
+            latents = vae.encode_latents(render(scenes[part])[0].to(device), chunk=64)
+            parts.append(torch.stack([latents.mean, latents.std]).half().cpu())
+        with atomic_write(file) as temporary:
+            torch.save(torch.cat(parts, dim=1), temporary)
+    mean, std = torch.load(file, weights_only=True)
+    return LatentDistribution(mean, std)

@@ -1,9 +1,8 @@
 """The recipe of the tiny base: four networks trained from nothing on the rendered world, `python -m train.tiny`.
 
-Stages, in this order: `clip` (text encoder and scorer, contrastively), `vae` (the autoencoder), `decoder` (its second
-half again, on noisy latents), `image` (the spatial UNet, on single frames), `video` (motion modules, on clips, with the
-spatial part frozen except for the keys and values of its text: AnimateDiff, section 4). What they give is written in
-the layouts that `load_base` reads.
+Stages, in this order: `clip` (text encoder and scorer, contrastively), `vae` (the autoencoder), `image` (the spatial
+UNet, on single frames), `video` (motion modules, on clips, with the spatial part frozen except for the keys and values
+of its text: AnimateDiff, section 4). What they give is written in the layouts that `load_base` reads.
 """
 
 import dataclasses
@@ -50,7 +49,6 @@ from weights.device import choose_device
 from weights.save import save_base
 
 INSIDE = 6.0  # a pixel inside the subject counts so much more than one of the background
-FORGIVEN = 0.3  # noise on the latents that the decoder is made to forgive, at most, in their standard deviation
 KL = 3e-4  # of the KL divergence per latent, against the error per pixel
 RECIPE = Recipe(num_frames=NUM_FRAMES, height=SIZE, width=SIZE)
 
@@ -63,13 +61,12 @@ class TinySettings:
 
     Args:
         out: folder for the stages' states and logs, and for the finished base in base/.
-        stage: one of the five (those before it must be done), or all that are not done yet.
+        stage: one of the four (those before it must be done), or all that are not done yet.
         start: folder of a tiny base whose weights the stages go on from; not given: from random ones.
         device: "cuda", "cpu"; not given: CUDA if there is one.
         seed: of everything random.
         clip_steps: batches of 96 frames with their captions.
         vae_steps: batches of 16 frames.
-        decoder_steps: batches of 16 frames.
         image_steps: batches of 64 frames.
         video_steps: batches of 4 clips.
         frames: frames encoded ahead for the image stage.
@@ -77,17 +74,16 @@ class TinySettings:
     """
 
     out: str = "tiny"
-    stage: Literal["all", "clip", "vae", "decoder", "image", "video"] = "all"
+    stage: Literal["all", "clip", "vae", "image", "video"] = "all"
     start: str | None = None
     device: str | None = None
     seed: int = 0
     clip_steps: int = 1800
     vae_steps: int = 4600
-    decoder_steps: int = 2000
     image_steps: int = 5800
-    video_steps: int = 2400
+    video_steps: int = 2000
     frames: int = 24576
-    clips: int = 3072
+    clips: int = 2048
 
 
 def train_tiny(settings: TinySettings) -> Path:
@@ -101,7 +97,6 @@ def train_tiny(settings: TinySettings) -> Path:
     stages = {
         "clip": train_clip,
         "vae": train_vae,
-        "decoder": train_decoder,
         "image": train_image,
         "video": train_video,
     }
@@ -110,7 +105,7 @@ def train_tiny(settings: TinySettings) -> Path:
             (out / name).mkdir(exist_ok=True)
             stage(out, settings)
     if settings.stage in ("all", "video"):
-        vae = trained_vae(out, "decoder")
+        vae = trained_vae(out)
         video = load_trained(out / "video", UNet3D(TINY))
         save_base(out / "base", video, vae, trained_text(out), out / "tokenizer", RECIPE, clip=trained_clip(out))
     return out / "base"
@@ -159,45 +154,14 @@ def train_vae(out: Path, settings: TinySettings) -> None:
             noise = torch.randn(mean.shape, generator=generator).to(device)
             decoded = vae.decode(mean + torch.exp(0.5 * log_variance) * noise).float()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
-        return {"pixels": _pixel_loss(decoded, frames, mask), "kl": KL * kl.mean()}
+        difference = decoded - frames
+        return {
+            "pixels": ((difference.abs() + 2 * difference.square()) * (1 + INSIDE * mask)).mean(),
+            "kl": KL * kl.mean(),
+        }
 
     pretrain(vae, loss, out / "vae", steps=settings.vae_steps, learning_rate=1.5e-3, seed=settings.seed)
     write_json(out / "vae" / "scale.json", {"scaling_factor": measured_scale(vae, device)})
-
-
-def train_decoder(out: Path, settings: TinySettings) -> None:
-    """The decoder goes on with noisy latents, so that it forgives what a sampler gets wrong; the encoder stays."""
-    device = choose_device(settings.device)
-    vae = trained_vae(out).to(device)
-    decoder = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
-    for parameter in decoder:
-        parameter.requires_grad_(True)
-
-    def loss(generator: torch.Generator) -> dict[str, Tensor]:
-        frames, mask = (part[:, :, 0].to(device) for part in render(single_frames(16, generator)))
-        with torch.autocast(device.type, torch.bfloat16):
-            with torch.no_grad():
-                mean = vae.encode(frames).float().chunk(2, dim=1)[0]
-            level = FORGIVEN / vae.config.scaling_factor * torch.rand((len(mean), 1, 1, 1), generator=generator)
-            noise = level * torch.randn(mean.shape, generator=generator)
-            decoded = vae.decode(mean + noise.to(device)).float()
-        return {"pixels": _pixel_loss(decoded, frames, mask)}
-
-    pretrain(
-        vae,
-        loss,
-        out / "decoder",
-        steps=settings.decoder_steps,
-        learning_rate=7e-4,
-        seed=settings.seed,
-        trained=[(decoder, 1.0)],
-    )
-
-
-def _pixel_loss(decoded: Tensor, frames: Tensor, mask: Tensor) -> Tensor:
-    """Absolute and squared differences, weighted by where the subject is."""
-    difference = decoded - frames
-    return ((difference.abs() + 2 * difference.square()) * (1 + INSIDE * mask)).mean()
 
 
 def train_image(out: Path, settings: TinySettings) -> None:

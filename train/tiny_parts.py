@@ -80,9 +80,9 @@ def trained_text(out: Path) -> TextEncoder:
     return text.eval().requires_grad_(False)
 
 
-def trained_vae(out: Path, stage: str = "vae") -> AutoencoderKL:
+def trained_vae(out: Path) -> AutoencoderKL:
     """The autoencoder, its latents scaled to a standard deviation of 1 as measured on fresh frames."""
-    return load_trained(out / stage, AutoencoderKL(dataclasses.replace(VAE, **read_json(out / "vae" / "scale.json"))))
+    return load_trained(out / "vae", AutoencoderKL(dataclasses.replace(VAE, **read_json(out / "vae" / "scale.json"))))
 
 
 @torch.no_grad()

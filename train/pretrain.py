@@ -1,5 +1,6 @@
 """The loop that trains the tiny base's networks from nothing: AdamW, a cosine, a state to go on from."""
 
+import copy
 import csv
 import math
 import time
@@ -17,8 +18,11 @@ from weights import atomic_write, write_json
 from weights.files import container_of
 from weights.unpickle import load_torch
 
+DONE = "done.json"  # steps, seconds and device of a stage that is done
 WARMUP = 100  # steps
 SAVE_SECONDS = 60.0
+LOG_EVERY = 50  # steps
+REMEDY = "The last state before it is kept in {}; with another --seed and --out the steps are others"
 
 
 def pretrain(
@@ -57,6 +61,9 @@ def pretrain(
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     state = folder / "state.pt"
     done, seconds = _restore(state, network, optimizer)
+    _cut_log(folder / "log.csv", done)
+    if done < steps:
+        (folder / DONE).unlink(missing_ok=True)  # of a stage whose state was deleted since
     started = saved = time.monotonic()
 
     def save() -> None:
@@ -76,13 +83,14 @@ def pretrain(
             losses = loss(generator)
             total = torch.stack(list(losses.values())).sum()
             if not math.isfinite(total.item()):
-                raise UserError(f"{folder.name}: the loss of step {step} is {total.item()}: lower the learning rate")
+                raise UserError(f"{folder.name}: the loss of step {step} is {total.item()}. {REMEDY.format(state)}")
             total.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
+            if not torch.isfinite(nn.utils.clip_grad_norm_(parameters, 1.0)):
+                raise UserError(f"{folder.name}: the gradient of step {step} is not finite. {REMEDY.format(state)}")
             optimizer.step()
             optimizer.zero_grad()
             done = step + 1
-            if done % 50 == 0:
+            if done % LOG_EVERY == 0:
                 _log(folder / "log.csv", done, losses)
                 bar.set_postfix({name: f"{value.item():.4f}" for name, value in losses.items()})
             if stop.is_set() or time.monotonic() - saved > SAVE_SECONDS:
@@ -90,10 +98,10 @@ def pretrain(
                 saved = time.monotonic()
             if stop.is_set():
                 raise KeyboardInterrupt(f"{done} of {steps} steps are saved; the same command goes on from there")
-    if not (folder / "done.json").is_file():
+    if not (folder / DONE).is_file():
         save()
         took = seconds + time.monotonic() - started
-        write_json(folder / "done.json", {"steps": done, "seconds": round(took), "device": device_name(parameters[0])})
+        write_json(folder / DONE, {"steps": done, "seconds": round(took), "device": device_name(parameters[0])})
     network.eval().requires_grad_(False)
 
 
@@ -102,7 +110,7 @@ def _restore(state: Path, network: nn.Module, optimizer: torch.optim.Optimizer) 
     if not state.is_file():
         return 0, 0.0
     try:
-        saved = load_torch(state, container_of(state), "cpu")
+        saved = copy.deepcopy(load_torch(state, container_of(state), "cpu"))  # off the mapped file
         network.load_state_dict(saved["network"])
         optimizer.load_state_dict(saved["optimizer"])
         return int(saved["done"]), float(saved["seconds"])
@@ -117,6 +125,18 @@ def _log(path: Path, step: int, losses: dict[str, Tensor]) -> None:
         if new:
             writer.writerow(["step", *losses])
         writer.writerow([step, *(f"{value.item():.6g}" for value in losses.values())])
+
+
+def _cut_log(path: Path, done: int) -> None:
+    """Drop the rows that a killed run wrote beyond its state: those steps happen again."""
+    if path.is_file():
+        head, *rows = path.read_text(encoding="utf-8").splitlines() or [""]
+        kept = [row for row in rows if row.count(",") == head.count(",") and int(row.partition(",")[0]) <= done]
+        if not kept:
+            path.unlink()
+        elif len(kept) < len(rows):
+            with atomic_write(path) as temporary:
+                temporary.write_text("\n".join([head, *kept]) + "\n", encoding="utf-8")
 
 
 def device_name(parameter: Tensor) -> str:

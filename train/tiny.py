@@ -30,7 +30,9 @@ from train.losses import min_snr
 from train.pretrain import pretrain
 from train.tiny_parts import (
     LENGTH,
+    SCALE,
     VAE,
+    Network,
     clip_config,
     encoded,
     load_trained,
@@ -46,6 +48,7 @@ from train.vocabulary import write_tokenizer
 from train.world import NUM_FRAMES, SIZE, random_scenes, render
 from weights import load_base, parse_settings, read_json, run_command, write_json
 from weights.device import choose_device
+from weights.load import TINY as TINY_FOLDER
 from weights.save import save_base
 
 INSIDE = 6.0  # a pixel inside the subject counts so much more than one of the background
@@ -53,6 +56,7 @@ KL = 3e-4  # of the KL divergence per latent, against the error per pixel
 RECIPE = Recipe(num_frames=NUM_FRAMES, height=SIZE, width=SIZE)
 
 SETTINGS = "settings.json"
+BUILDS_ON = {"image": ("clip", "vae"), "video": ("clip", "vae", "image")}
 
 
 @dataclass(kw_only=True)
@@ -62,7 +66,7 @@ class TinySettings:
     Args:
         out: folder for the stages' states and logs, and for the finished base in base/.
         stage: one of the four (those before it must be done), or all that are not done yet.
-        start: folder of a tiny base whose weights the stages go on from; not given: from random ones.
+        start: folder of a tiny base whose weights the stages go on from, or "tiny"; not given: from random ones.
         device: "cuda", "cpu"; not given: CUDA if there is one.
         seed: of everything random.
         clip_steps: batches of 96 frames with their captions.
@@ -102,6 +106,7 @@ def train_tiny(settings: TinySettings) -> Path:
     }
     for name, stage in stages.items():
         if settings.stage in ("all", name):
+            _check_order(out, name)
             (out / name).mkdir(exist_ok=True)
             stage(out, settings)
     if settings.stage in ("all", "video"):
@@ -161,13 +166,14 @@ def train_vae(out: Path, settings: TinySettings) -> None:
         }
 
     pretrain(vae, loss, out / "vae", steps=settings.vae_steps, learning_rate=1.5e-3, seed=settings.seed)
-    write_json(out / "vae" / "scale.json", {"scaling_factor": measured_scale(vae, device)})
+    if not (out / "vae" / SCALE).is_file():
+        write_json(out / "vae" / SCALE, {"scaling_factor": measured_scale(vae, device)})
 
 
 def train_image(out: Path, settings: TinySettings) -> None:
     """The spatial UNet learns to denoise single frames, as Stable Diffusion's (CustomTTT's motion=False)."""
     torch.manual_seed(derived_seed(settings.seed, "image"))
-    unet = _start(UNet3D(dataclasses.replace(TINY, motion=None)), settings, "unet", strict=False)
+    unet = _start(UNet3D(dataclasses.replace(TINY, motion=None)), settings, "unet")
     _train_unet(out, settings, "image", unet, 64, settings.image_steps, [(list(unet.parameters()), 1.0)])
 
 
@@ -183,10 +189,9 @@ def train_video(out: Path, settings: TinySettings) -> None:
         if ".temporal." in name and name.endswith("proj_out") and isinstance(module, nn.Linear):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
-    if settings.start is None:
-        spatial = load_trained(out / "image", UNet3D(dataclasses.replace(TINY, motion=None)))
-        unet.load_state_dict(spatial.state_dict(), strict=False)
     unet = _start(unet, settings, "unet")
+    spatial = load_trained(out / "image", UNet3D(dataclasses.replace(TINY, motion=None)))
+    unet.load_state_dict(spatial.state_dict(), strict=False)
     text = ("attn2.to_k.weight", "attn2.to_v.weight")
     modules = [p for name, p in unet.named_parameters() if ".temporal." in name]
     moving = [p for name, p in unet.named_parameters() if ".spatial." in name and name.endswith(text)]
@@ -234,25 +239,51 @@ def _train_unet(
     pretrain(unet, loss, out / stage, steps=steps, learning_rate=1e-3, seed=settings.seed, trained=trained)
 
 
-def _start(network: nn.Module, settings: TinySettings, part: str, strict: bool = True) -> nn.Module:
-    """The network with the weights of --start, or as it was made."""
+def _start(network: Network, settings: TinySettings, part: str) -> Network:
+    """The network with the weights of --start, or as it was made; what it has no place for is left out."""
     if settings.start is not None:
         if part == "clip":
-            source: nn.Module = CLIPModel.from_pretrained(Path(settings.start) / "clip", local_files_only=True)
+            source: nn.Module = CLIPModel.from_pretrained(_folder(settings.start) / "clip", local_files_only=True)
         else:
             source = getattr(load_base(settings.start, device="cpu"), part)
-        wanted = network.state_dict()
-        network.load_state_dict({k: v for k, v in source.state_dict().items() if k in wanted or strict})
+        theirs = source.state_dict()
+        try:
+            network.load_state_dict({name: theirs[name] for name in network.state_dict()})
+        except (KeyError, RuntimeError) as error:
+            raise UserError(f"{settings.start} is not built like the tiny base: its {part} does not fit") from error
     return network
+
+
+def _folder(start: str) -> Path:
+    """Where the base of --start lies; "tiny" is the one that comes along."""
+    return TINY_FOLDER if start == "tiny" else Path(start)
+
+
+def _check_order(out: Path, stage: str) -> None:
+    """A stage must not be trained anew under those that were built on it."""
+    built = [later for later in BUILDS_ON if stage in BUILDS_ON[later] and (out / later / "state.pt").is_file()]
+    if built and not (out / stage / "state.pt").is_file():
+        raise UserError(f"{out}: {' and '.join(built)} built on another {stage}: delete their folders first")
 
 
 def _begin(out: Path, settings: TinySettings) -> None:
     """Write down the settings, or refuse to go on under others."""
     record = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out", "stage", "device")}
+    counts = {name: value for name, value in record.items() if name.endswith(("_steps", "frames", "clips"))}
+    if low := [name for name, value in counts.items() if value < 1]:
+        raise UserError(f"{', '.join(low)} must be at least 1")
+    if settings.start is not None and not (_folder(settings.start) / "clip" / "config.json").is_file():
+        raise UserError(f"{settings.start} is no tiny base: it has no clip/ folder")
     file = out / SETTINGS
-    if out.exists() and not file.is_file() and any(out.iterdir()):
+    if (
+        out.exists()
+        and not file.is_file()
+        and any(path for path in out.iterdir() if not path.name.startswith(".writing-"))
+    ):
         raise UserError(f"{out} is no folder of this recipe and is not empty: give --out a new name")
     before = read_json(file) if file.is_file() else record
+    if not isinstance(before, dict):
+        raise UserError(f"{file} is damaged: delete it, and give the settings that {out} was begun with")
     changed = [f"{k} ({before.get(k)} there, {v} now)" for k, v in record.items() if v != before.get(k)]
     if changed:
         raise UserError(f"{out} was begun with other settings: {', '.join(changed)}. Give --out a new name")

@@ -10,18 +10,27 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from model import AutoencoderKL, LatentDistribution, TextConfig, TextEncoder, UserError, VAEConfig
+from train.pretrain import DONE
 from train.world import SIZE, Scenes, caption, random_scenes, render
 from weights import atomic_write, read_json
+from weights.files import container_of
+from weights.unpickle import load_torch
 
 Network = TypeVar("Network", bound=nn.Module)
 
+SCALE = "scale.json"  # the latents' scaling factor, in the folder of the vae stage
 LENGTH = 24  # tokens of a prompt: the world's longest caption has 13
 VAE = VAEConfig(block_out_channels=(16, 32, 64, 96), norm_num_groups=8)
 
 
+def text_config(vocab_size: int) -> TextConfig:
+    """The base's text encoder."""
+    return TextConfig(vocab_size, 64, 256, 3, 4, LENGTH)
+
+
 def clip_config(vocab_size: int) -> CLIPConfig:
     """The tiny CLIP: its text tower is the base's text encoder."""
-    text = TextConfig(vocab_size, 64, 256, 3, 4, LENGTH)
+    text = text_config(vocab_size)
     special = {"bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1, "pad_token_id": vocab_size - 1}
     vision = {
         "hidden_size": 64,
@@ -60,10 +69,14 @@ def tokens_of(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
 
 
 def load_trained(folder: Path, network: Network) -> Network:
-    """The network with the weights of a stage that is done."""
-    if not (folder / "done.json").is_file():
+    """The network with the weights of a stage that is done; UserError for one that is not, or is damaged."""
+    state = folder / "state.pt"
+    if not ((folder / DONE).is_file() and state.is_file()):
         raise UserError(f"stage {folder.name} is not done yet: run it before those that build on it")
-    network.load_state_dict(torch.load(folder / "state.pt", weights_only=True, mmap=True)["network"])
+    try:
+        network.load_state_dict(load_torch(state, container_of(state), "cpu")["network"])
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{state} is damaged ({error}): delete it, and the stage starts anew") from error
     return network.eval().requires_grad_(False)
 
 
@@ -75,14 +88,14 @@ def trained_clip(out: Path) -> CLIPModel:
 def trained_text(out: Path) -> TextEncoder:
     """The CLIP's text tower, as the base has it."""
     clip = trained_clip(out)
-    text = TextEncoder(TextConfig(clip.config.text_config.vocab_size, 64, 256, 3, 4, LENGTH))
+    text = TextEncoder(text_config(clip.config.text_config.vocab_size))
     text.clip.load_state_dict(clip.text_model.state_dict())
     return text.eval().requires_grad_(False)
 
 
 def trained_vae(out: Path) -> AutoencoderKL:
     """The autoencoder, its latents scaled to a standard deviation of 1 as measured on fresh frames."""
-    return load_trained(out / "vae", AutoencoderKL(dataclasses.replace(VAE, **read_json(out / "vae" / "scale.json"))))
+    return load_trained(out / "vae", AutoencoderKL(dataclasses.replace(VAE, **read_json(out / "vae" / SCALE))))
 
 
 @torch.no_grad()

@@ -1,12 +1,14 @@
 """The recipe of the tiny base: small, but whole."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from model import TINY, UserError
-from train.pretrain import pretrain
+from train.pretrain import LOG_EVERY, pretrain
 from train.tiny import TinySettings, train_tiny
 from weights import load_base
 
@@ -50,10 +52,26 @@ def test_latents_have_a_standard_deviation_of_one(run):
 
 
 def test_a_finished_recipe_is_not_run_again(run):
-    before = (run[1] / "recipe.json").stat().st_mtime_ns, torch.load(f"{run[0].out}/vae/state.pt", weights_only=True)
-    train_tiny(dataclasses.replace(run[0], stage="vae"))
-    after = torch.load(f"{run[0].out}/vae/state.pt", weights_only=True)
-    assert all(torch.equal(before[1]["network"][name], after["network"][name]) for name in after["network"])
+    states = [Path(run[0].out) / stage / "state.pt" for stage in ("clip", "vae", "image", "video")]
+    before = [state.stat().st_mtime_ns for state in states]
+    train_tiny(run[0])
+    assert [state.stat().st_mtime_ns for state in states] == before
+
+
+@pytest.mark.parametrize("wrong", [{"clip_steps": 0}, {"frames": 0}, {"start": "nowhere"}])
+def test_settings_that_cannot_be_are_refused_before_any_work(tmp_path, wrong):
+    out = tmp_path / "tiny"
+    with pytest.raises(UserError, match=r"clip_steps|frames|nowhere"):
+        train_tiny(TinySettings(out=str(out), device="cpu", **{**SMALL, **wrong}))
+    assert not out.exists()
+
+
+def test_a_stage_is_not_trained_anew_under_those_built_on_it(tmp_path, run):
+    out = tmp_path / "tiny"
+    shutil.copytree(run[0].out, out)
+    shutil.rmtree(out / "vae")
+    with pytest.raises(UserError, match="image and video built on another vae"):
+        train_tiny(dataclasses.replace(run[0], out=str(out)))
 
 
 def test_other_settings_are_refused_in_the_same_folder(run):
@@ -77,6 +95,9 @@ def test_the_recipe_goes_on_from_a_finished_base(tmp_path, run):
         distance = sum((old[k].float() - new[k].float()).square().sum() for k in old)
         size = sum(old[k].float().square().sum() for k in old)
         assert 0 < distance < 1e-3 * size
+    image, video = (torch.load(tmp_path / "more" / stage / "state.pt")["network"] for stage in ("image", "video"))
+    kept = [name for name in image if not name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))]
+    assert all(torch.equal(image[name], video[name]) for name in kept)
 
 
 def quadratic(seed_everything: int) -> tuple[torch.nn.Linear, object]:
@@ -99,8 +120,8 @@ def test_pretrain_learns_a_linear_map(tmp_path):
 def test_pretrain_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     (tmp_path / "a" / "x").mkdir(parents=True), (tmp_path / "b" / "x").mkdir(parents=True)
     whole, loss = quadratic(0)
-    pretrain(whole, loss, tmp_path / "a" / "x", steps=20, learning_rate=0.05)
-    monkeypatch.setattr("train.pretrain.SAVE_SECONDS", -1.0)
+    pretrain(whole, loss, tmp_path / "a" / "x", steps=60, learning_rate=0.05)
+    monkeypatch.setattr("train.pretrain.SAVE_SECONDS", 0.01)
     cut, loss = quadratic(0)
 
     class KilledError(Exception):
@@ -109,15 +130,39 @@ def test_pretrain_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     calls = iter(range(100))
 
     def loss_until_killed(generator):
-        if next(calls) == 7:
+        if next(calls) == 57:
             raise KilledError
         return loss(generator)
 
     with pytest.raises(KilledError):
-        pretrain(cut, loss_until_killed, tmp_path / "b" / "x", steps=20, learning_rate=0.05)
+        pretrain(cut, loss_until_killed, tmp_path / "b" / "x", steps=60, learning_rate=0.05)
     resumed, loss = quadratic(1)  # another start: the state must overrule it
-    pretrain(resumed, loss, tmp_path / "b" / "x", steps=20, learning_rate=0.05)
+    pretrain(resumed, loss, tmp_path / "b" / "x", steps=60, learning_rate=0.05)
     assert torch.equal(whole.weight, resumed.weight)
+    logs = [(tmp_path / run / "x" / "log.csv").read_text() for run in ("a", "b")]
+    assert logs[0] == logs[1]
+    assert len(logs[0].splitlines()) == 60 // LOG_EVERY + 1
+
+
+def test_a_stage_whose_state_was_deleted_is_trained_and_kept_again(tmp_path):
+    first, loss = quadratic(0)
+    pretrain(first, loss, tmp_path, steps=3, learning_rate=0.1)
+    (tmp_path / "state.pt").unlink()
+    again, loss = quadratic(0)
+    pretrain(again, loss, tmp_path, steps=3, learning_rate=0.1)
+    assert torch.equal(torch.load(tmp_path / "state.pt")["network"]["weight"], first.weight)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(tmp_path):
+    network, _ = quadratic(0)
+    before = network.weight.detach().clone()
+
+    def loss(generator):
+        return {"root": (network.weight.sum() * 0).sqrt()}  # 0, with a slope that is not a number
+
+    with pytest.raises(UserError, match="the gradient of step 0 is not finite"):
+        pretrain(network, loss, tmp_path, steps=2, learning_rate=0.1)
+    assert torch.equal(network.weight, before)
 
 
 def test_pretrain_stops_at_a_loss_that_is_not_finite(tmp_path):

@@ -2,17 +2,54 @@
 
 Positions are in frame widths from the frame's centre (x to the right, y down), angles in radians (clockwise on the
 screen), times in clips: 0 is a clip's first frame, 1 its last. Behind the subject lies a fading trail of its last
-poses, so that a single frame tells how it moves.
+places, so that a single frame tells how it moves.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from train.motions import HELD_OUT_MOTIONS, MOTIONS, WORLD_MOTIONS
+from train.shapes import (
+    HELD_OUT_SHAPES,
+    HELD_OUT_TEXTURES,
+    REACH,
+    SHAPES,
+    TEXTURES,
+    WORLD_SHAPES,
+    WORLD_TEXTURES,
+    distance_tables,
+)
+
+__all__ = [
+    "BACKGROUNDS",
+    "COLOURS",
+    "HELD_OUT_MOTIONS",
+    "HELD_OUT_SHAPES",
+    "HELD_OUT_SUBJECTS",
+    "HELD_OUT_TEXTURES",
+    "MOTIONS",
+    "NUM_FRAMES",
+    "SHAPES",
+    "SIZE",
+    "TEXTURES",
+    "TRAIL",
+    "TRAIL_STEP",
+    "UNSEEN",
+    "WORLD_MOTIONS",
+    "WORLD_SHAPES",
+    "WORLD_TEXTURES",
+    "Scenes",
+    "caption",
+    "held_out_scenes",
+    "make_scenes",
+    "random_scenes",
+    "render",
+]
 
 SIZE = 64  # pixels of a frame's side
 NUM_FRAMES = 16
@@ -55,190 +92,6 @@ UNSEEN = {
 }
 
 
-def _arc(count: int, start: float, end: float, radius: float = 1.0, x: float = 0.0, y: float = 0.0) -> list:
-    angles = [start + (end - start) * i / count for i in range(count)]
-    return [(x + radius * math.cos(a), y + radius * math.sin(a)) for a in angles]
-
-
-def _spiky(points: int, inner: float, outer: float = 1.0) -> list:
-    radii = [outer, inner] * points
-    return [(r * math.sin(math.pi * i / points), -r * math.cos(math.pi * i / points)) for i, r in enumerate(radii)]
-
-
-def _heart() -> list:
-    turn = [2 * math.pi * i / 40 for i in range(40)]
-    return [
-        (
-            math.sin(t) ** 3,
-            -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16 - 0.08,
-        )
-        for t in turn
-    ]
-
-
-# Outlines within the unit circle, or a little over it; the last five are held out.
-SHAPES = {
-    "circle": _arc(48, 0, 2 * math.pi, 0.92),
-    "square": [(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)],
-    "triangle": [(0.0, -1.05), (1.05, 0.8), (-1.05, 0.8)],
-    "star": _spiky(5, 0.48, 1.18),
-    "heart": _heart(),
-    "cross": [
-        *[(-0.36, -1), (0.36, -1), (0.36, -0.36), (1, -0.36), (1, 0.36), (0.36, 0.36)],
-        *[(0.36, 1), (-0.36, 1), (-0.36, 0.36), (-1, 0.36), (-1, -0.36), (-0.36, -0.36)],
-    ],
-    "moon": [*_arc(32, 0.8, 2 * math.pi - 0.8, 1.02), *_arc(24, -1.3, -2 * math.pi + 1.3, 0.78, 0.5)],
-    "arrow": [(0, -1.1), (1, 0), (0.42, 0), (0.42, 1), (-0.42, 1), (-0.42, 0), (-1, 0)],
-    "gear": [
-        (r * math.cos(2 * math.pi * (i + 0.5) / 32), r * math.sin(2 * math.pi * (i + 0.5) / 32))
-        for i, r in enumerate([1.08, 1.08, 0.76, 0.76] * 8)
-    ],
-    "drop": [(0.0, -1.15), *_arc(36, -0.45, math.pi + 0.45, 0.78, 0, 0.25)],
-    "hourglass": [(-0.85, -1), (0.85, -1), (0.25, 0), (0.85, 1), (-0.85, 1), (-0.25, 0)],
-    "house": [(0, -1.1), (0.95, -0.25), (0.7, -0.25), (0.7, 0.95), (-0.7, 0.95), (-0.7, -0.25), (-0.95, -0.25)],
-}
-HELD_OUT_SHAPES = ("arrow", "gear", "drop", "hourglass", "house")
-
-
-def _edge(value: Tensor, sharpness: float = 4.0) -> Tensor:
-    return (value * sharpness + 0.5).clamp(0, 1)
-
-
-# Share of the second colour at a point (u, v) of the subject's own axes, which reach from -1 to 1.
-TEXTURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "plain": lambda u, v: torch.zeros_like(u),
-    "striped": lambda u, v: _edge(torch.sin(2 * math.pi * (v + 0.25)), 1.5),
-    "dotted": lambda u, v: _edge(torch.cos(2 * math.pi * u / 1.1) * torch.cos(2 * math.pi * v / 1.1) - 0.25, 2.0),
-    "ringed": lambda u, v: _edge(torch.cos(2 * math.pi * (u * u + v * v).sqrt() / 0.8), 1.5),
-    "checked": lambda u, v: _edge(torch.sin(math.pi * u / 0.5) * torch.sin(math.pi * v / 0.5), 2.0),
-    "halved": lambda u, v: _edge(u),
-    "banded": lambda u, v: _edge(0.3 - v.abs()),
-    "quartered": lambda u, v: _edge(u) * _edge(v) + _edge(-u) * _edge(-v),
-}
-HELD_OUT_TEXTURES = ("checked", "halved", "banded", "quartered")
-
-# (times (n, m), uniform numbers (n, 8)) -> x, y, size factor, angle, each (n, m)
-Motion = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
-
-
-def _between(low: float, high: float, r: Tensor) -> Tensor:
-    return low + (high - low) * r[:, None]
-
-
-def _pose(
-    times: Tensor, x: Tensor | float, y: Tensor | float, scale: Tensor | float = 1.0, angle: Tensor | float = 0.0
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    zero = torch.zeros_like(times)
-    return zero + x, zero + y, zero + scale, zero + angle
-
-
-def _straight(dx: int, dy: int) -> Motion:
-    def path(times: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        travel = _between(0.34, 0.54, r[:, 0])
-        along = travel * (times - 0.5) + _between(-1, 1, r[:, 1]) * (0.29 - travel / 2)
-        across = _between(-0.2, 0.2, r[:, 2])
-        return _pose(times, dx * along + abs(dy) * across, dy * along + abs(dx) * across)
-
-    return path
-
-
-def _circling(sign: int) -> Motion:
-    def path(times: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        turn = 2 * math.pi * (r[:, 0:1] + sign * _between(0.8, 1.15, r[:, 1]) * times)
-        radius = _between(0.16, 0.22, r[:, 2])
-        x, y = _between(-0.06, 0.06, r[:, 3]), _between(-0.06, 0.06, r[:, 4])
-        return _pose(times, x + radius * torch.cos(turn), y + radius * torch.sin(turn))
-
-    return path
-
-
-def _bouncing(times: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    jump = torch.sin(math.pi * (r[:, 0:1] + _between(1.6, 2.4, r[:, 1]) * times)).abs()
-    return _pose(times, _between(-0.2, 0.2, r[:, 2]), 0.25 - _between(0.3, 0.45, r[:, 3]) * jump)
-
-
-def _zigzagging(times: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    phase = (r[:, 0:1] + _between(1.8, 2.4, r[:, 1]) * times) % 1
-    wave = 4 * (phase - 0.5).abs() - 1
-    way = torch.where(r[:, 2:3] < 0.5, -1.0, 1.0)
-    x = way * _between(0.4, 0.54, r[:, 3]) * (times - 0.5)
-    return _pose(times, x, _between(-0.06, 0.06, r[:, 4]) + _between(0.11, 0.16, r[:, 5]) * wave)
-
-
-def _resizing(start: float, end: float) -> Motion:
-    def path(times: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        first, last = (x * _between(0.95, 1.05, r[:, i]) for i, x in enumerate((start, end)))
-        scale = (first + (last - first) * times).clamp_min(0.3)
-        return _pose(times, _between(-0.18, 0.18, r[:, 2]), _between(-0.18, 0.18, r[:, 3]), scale)
-
-    return path
-
-
-def _spinning(times: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    turn = 2 * math.pi * (r[:, 0:1] + _between(0.7, 1.1, r[:, 1]) * times)
-    return _pose(times, _between(-0.2, 0.2, r[:, 2]), _between(-0.2, 0.2, r[:, 3]), angle=turn)
-
-
-def _resting(times: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _pose(times, _between(-0.22, 0.22, r[:, 0]), _between(-0.22, 0.22, r[:, 1]))
-
-
-def _figure_eight(times: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    turn = 2 * math.pi * (r[:, 0:1] + times)
-    return _pose(times, 0.26 * torch.sin(turn), 0.17 * torch.sin(2 * turn))
-
-
-def _spiral(times: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    turn = 2 * math.pi * (r[:, 0:1] + 1.6 * times)
-    radius = 0.04 + 0.24 * times.clamp_min(-0.1)
-    return _pose(times, radius * torch.cos(turn), radius * torch.sin(turn))
-
-
-def _hop_and_turn(times: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hops = 2 * times
-    x = 0.5 * (times - 0.5)
-    y = 0.2 - 0.34 * torch.sin(math.pi * hops).abs()
-    return _pose(times, x, y, angle=math.pi * hops)
-
-
-def _swinging(times: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    lean = 1.0 * torch.cos(2 * math.pi * (1.25 * times + r[:, 0:1]))
-    return _pose(times, 0.34 * torch.sin(lean), -0.22 + 0.42 * torch.cos(lean), angle=-lean * 0.5)
-
-
-def _walking_a_square(times: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    way = 4 * ((times + r[:, 0:1]) % 1)
-    x = (way.clamp(0, 1) - (way - 2).clamp(0, 1) - 0.5) * 0.42
-    y = ((way - 1).clamp(0, 1) - (way - 3).clamp(0, 1) - 0.5) * 0.42
-    return _pose(times, x, y)
-
-
-# By what a caption says; the last five are held out.
-MOTIONS: dict[str, Motion] = {
-    "moving left": _straight(-1, 0),
-    "moving right": _straight(1, 0),
-    "moving up": _straight(0, -1),
-    "moving down": _straight(0, 1),
-    "circling clockwise": _circling(1),
-    "circling counterclockwise": _circling(-1),
-    "bouncing": _bouncing,
-    "zigzagging": _zigzagging,
-    "growing": _resizing(0.65, 1.15),
-    "shrinking": _resizing(1.15, 0.65),
-    "spinning": _spinning,
-    "resting": _resting,
-    "flying a figure eight": _figure_eight,
-    "spiralling": _spiral,
-    "hopping and turning": _hop_and_turn,
-    "swinging": _swinging,
-    "walking a square": _walking_a_square,
-}
-HELD_OUT_MOTIONS = ("flying a figure eight", "spiralling", "hopping and turning", "swinging", "walking a square")
-
-WORLD_SHAPES = tuple(name for name in SHAPES if name not in HELD_OUT_SHAPES)
-WORLD_TEXTURES = tuple(name for name in TEXTURES if name not in HELD_OUT_TEXTURES)
-WORLD_MOTIONS = tuple(name for name in MOTIONS if name not in HELD_OUT_MOTIONS)
-
 # Subjects for photos: shape, texture, first and second colour. None of the shapes or textures has a word.
 HELD_OUT_SUBJECTS = (
     ("arrow", "halved", "red", "yellow"),
@@ -248,8 +101,9 @@ HELD_OUT_SUBJECTS = (
     ("house", "banded", "white", "red"),
 )
 
-TRAIL = 6  # ghosts in a trail
-TRAIL_STEP = 0.1  # clips from one ghost to the next
+TRAIL = 6  # puffs in a trail
+TRAIL_STEP = 0.1  # clips from one puff to the next
+RIM = 0.15  # radii: a texture keeps off the outline, which so shows in one colour
 SECOND_SHADE = 0.3  # a texture's second colour is its first, darkened to this
 
 
@@ -265,7 +119,7 @@ class Scenes:
         background: (n,) of BACKGROUNDS.
         scenery: (n, 4) in [0, 1): the background's shade, two phases of its waves, and its slope.
         motion: (n,) of MOTIONS.
-        poses: (n, f, 1 + TRAIL, 4): x, y, radius, angle of the subject in each frame, then of its trail's ghosts.
+        poses: (n, f, 1 + TRAIL, 4): x, y, radius, angle of the subject in each frame, then of its trail's puffs.
     """
 
     shape: Tensor
@@ -357,7 +211,7 @@ def make_scenes(
         path = list(MOTIONS.values())[number]
         drawn = path(moments[its].flatten(1), chances[its])
         poses[its] = torch.stack(drawn, dim=-1).view(*moments[its].shape, 4)
-    radius, tilt = 0.185 + 0.06 * chances[:, 6], 0.4 * (chances[:, 7] - 0.5)
+    radius, tilt = 0.2 + 0.05 * chances[:, 6], 0.2 * (chances[:, 7] - 0.5)
     poses[..., 2] *= radius[:, None, None]
     poses[..., 3] += tilt[:, None, None]
     if second is None:
@@ -394,19 +248,15 @@ def render(scenes: Scenes, size: int = SIZE) -> tuple[Tensor, Tensor]:
     """
     colour = torch.tensor(list(COLOURS.values()))[scenes.colour][:, None, :, None, None]
     picture = _scenery(scenes, size)[:, None]
-    half = size // 2  # ghosts are soft: half the resolution is enough
-    _, _, ghosts = _place(scenes.shape, scenes.poses[:, :, 1:].flatten(1, 2), half)
-    ghosts = ghosts.unflatten(1, (-1, TRAIL))
-    fade = torch.linspace(0.55, 0.12, TRAIL)[:, None, None]
-    trail = (ghosts * fade).amax(dim=2)
-    trail = F.interpolate(trail, scale_factor=2, mode="bilinear")[:, :, None]
-    picture = picture + (colour - picture) * trail
+    picture = picture + (colour - picture) * _trail(scenes, size)[:, :, None]
 
-    u, v, mask = _place(scenes.shape, scenes.path, size)
+    u, v, distance = _place(scenes.shape, scenes.path, size)
+    mask = (0.5 - distance * scenes.path[..., 2, None, None] * size).clamp(0, 1)
     share = torch.empty_like(u)
     for number in scenes.texture.unique().tolist():
         its = scenes.texture == number
         share[its] = list(TEXTURES.values())[number](u[its], v[its])
+    share *= ((-RIM - distance) / 0.1 + 0.5).clamp(0, 1)
     second = scenes.second[:, None, :, None, None]
     subject = colour + (second - colour) * share[:, :, None]
     picture = picture + (subject - picture) * mask[:, :, None]
@@ -427,39 +277,27 @@ def _scenery(scenes: Scenes, size: int) -> Tensor:
 
 
 def _place(shape: Tensor, poses: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The subjects' own coordinates at each pixel, and their cover of it: three of (n, m, size, size)."""
+    """Each pixel in the subjects' own coordinates, and its distance from their outlines in radii, negative inside.
+
+    Three of (n, m, size, size).
+    """
     axis = (torch.arange(size) + 0.5) / size - 0.5
     x, y, radius, angle = (t[:, :, None, None] for t in poses.unbind(-1))
     right, down = (axis[None, :] - x) / radius, (axis[:, None] - y) / radius
     cos, sin = torch.cos(angle), torch.sin(angle)
     u, v = cos * right + sin * down, cos * down - sin * right
     grid = torch.stack([u, v], dim=-1).flatten(1, 2) / REACH
-    distance = F.grid_sample(_outlines()[shape], grid, padding_mode="border", align_corners=True)
-    pixels = distance[:, 0].view_as(u) * radius * size
-    return u, v, (0.5 - pixels).clamp(0, 1)
+    distance = F.grid_sample(distance_tables()[shape], grid, padding_mode="border", align_corners=True)
+    return u, v, distance[:, 0].view_as(u)
 
 
-REACH = 1.6  # a table of distances reaches from -REACH to REACH
-
-
-@cache
-def _outlines(cells: int = 97) -> Tensor:
-    """Signed distances to each outline, negative inside: (shapes, 1, cells, cells)."""
-    axis = torch.linspace(-REACH, REACH, cells)
-    points = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1).view(-1, 1, 2)
-    tables = []
-    for outline in SHAPES.values():
-        start = torch.tensor(outline, dtype=torch.float32)
-        end = start.roll(-1, 0)
-        side = end - start
-        along = (((points - start) * side).sum(-1) / (side * side).sum(-1)).clamp(0, 1)
-        distance = (points - start - along[..., None] * side).norm(dim=-1).amin(1)
-        px, py = points.unbind(-1)
-        crosses = (start[:, 1] > py) != (end[:, 1] > py)
-        meets = start[:, 0] + (py - start[:, 1]) * side[:, 0] / side[:, 1]
-        inside = (crosses & (px < meets)).sum(1) % 2 == 1
-        tables.append(torch.where(inside, -distance, distance).view(1, cells, cells))
-    return torch.stack(tables)
+def _trail(scenes: Scenes, size: int) -> Tensor:
+    """The trails' share of each pixel, (n, f, size, size): soft puffs where the subjects were, fading with time."""
+    axis = (torch.arange(size) + 0.5) / size - 0.5
+    x, y, radius, _ = (t[..., None, None] for t in scenes.poses[:, :, 1:].unbind(-1))
+    distance = ((axis - x).square() + (axis[:, None] - y).square()).sqrt() / radius
+    fade = torch.linspace(0.6, 0.15, TRAIL)[:, None, None]
+    return (((0.75 - distance) / 0.4).clamp(0, 1) * fade).amax(dim=2)
 
 
 @cache

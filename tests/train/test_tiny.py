@@ -15,7 +15,6 @@ from weights import load_base
 SMALL = {
     "clip_steps": 2,
     "vae_steps": 2,
-    "decoder_steps": 2,
     "image_steps": 2,
     "video_steps": 2,
     "frames": 8,

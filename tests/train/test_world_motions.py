@@ -96,7 +96,7 @@ def test_held_out_motions_are_what_they_are_called():
     assert (((x / 0.34) ** 2 + ((y + 0.22) / 0.42) ** 2 - 1).abs() < 1e-4).all()
     assert (y > -0.22).all()  # it hangs
     assert ((x.amax(1) > 0.2) & (x.amin(1) < -0.2)).all()
-    path = paths_of("walking a square")
+    path = paths_of("patrolling")
     assert torch.allclose(path[..., :2].abs().amax(-1), torch.tensor(0.21), atol=1e-5)
     assert torch.allclose(path[:, 0], path[:, -1], atol=1e-5)
 

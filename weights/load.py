@@ -40,6 +40,7 @@ NETWORKS: tuple[tuple[str, str, tuple[Layout, ...], dict[str, str]], ...] = (
     ("vae", "VAE", VAES, IGNORED_IN_VAE),
     ("text_encoder", "text encoder", TEXTS, IGNORED_IN_TEXT),
 )
+MOTION = "motion_adapter"  # the folder of a base's own motion modules, as diffusers' AnimateDiffPipeline names it
 TINY = Path(__file__).parent / "tiny"  # the base that is called "tiny"
 CLIP = "openai/clip-vit-large-patch14"  # Stable Diffusion 1.x's text encoder and vocabulary, on the hub
 VOCABULARY = ("vocab.json", "merges.txt")
@@ -170,7 +171,7 @@ def load_base(
         if name not in parts:
             remedy = "name one with --vae" if name == "vae" else "take another checkpoint, or get the rest of this one"
             raise UserError(f"{source} has no {what}: {remedy}")
-    own = source / "motion_adapter"
+    own = source / MOTION
     motion_source = _resolve(motion_module) if motion_module is not None else own if own.is_dir() else None
     motion = None
     if motion_source is not None:

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,10 @@ from weights.configs import (
 )
 from weights.files import atomic_write, write_json
 from weights.keymaps import MOTION_ADAPTER, TEXT, UNET_DIFFUSERS, VAE_DIFFUSERS
+from weights.load import MOTION, VOCABULARY
 from weights.parts import Part
-from weights.recipe import write_recipe
+from weights.recipe import RECIPE, check_recipe, write_recipe
 
-MOTION = "motion_adapter"  # the folder of a base's own motion modules, as diffusers' AnimateDiffPipeline names it
 CLIP_TEXT = replace(TEXT, prefix="text_model.")  # how all published text encoders are named
 
 
@@ -47,14 +48,16 @@ def save_base(
 ) -> None:
     """Write a whole base, motion modules included, and the recipe it is customised with.
 
-    Every file is written atomically, and files of another name in `folder` stay, except a network's former weights.
+    All is checked before anything is written. A folder in it (of a network, of the tokenizer) is written beside its
+    former one and takes its place whole, one right after the other: a run that is killed leaves each of them as it was
+    or new, never a mix of both. What else lies in `folder` stays.
 
     Args:
         folder: made if missing.
         unet: with its motion modules.
         vae: its autoencoder.
         text: its text encoder.
-        tokenizer_folder: with CLIP's vocabulary; its files are copied.
+        tokenizer_folder: with CLIP's vocabulary (vocab.json, merges.txt); its files are copied.
         recipe: for `recipe.json`.
         dtype: of the weights in the files.
         shard_bytes: a network that takes more goes into several files of at most that, with an index.
@@ -63,13 +66,17 @@ def save_base(
 
     Raises:
         UserError: no motion modules, weights too large for the dtype or not finite, a config that this layout cannot
-            say, no tokenizer, or a system that refuses.
+            say, no tokenizer, a recipe out of range, or a system that refuses.
     """
     folder, tokenizer_folder, modules = Path(folder), Path(tokenizer_folder), unet.config.motion
     if modules is None:
         raise UserError("a base is saved with its motion modules, and this one has none")
     if not tokenizer_folder.is_dir():
         raise UserError(f"{tokenizer_folder} is no folder: a tokenizer was to be copied from there")
+    missing = [name for name in VOCABULARY if not (tokenizer_folder / name).is_file()]
+    if missing:
+        raise UserError(f"{tokenizer_folder} holds no tokenizer: {' and '.join(missing)} should be in it")
+    check_recipe(recipe, folder / RECIPE)
     tensors = unet.state_dict()
     image = {name: tensor for name, tensor in tensors.items() if ".temporal." not in name}
     motion = {name: tensor for name, tensor in tensors.items() if ".temporal." in name}
@@ -84,18 +91,21 @@ def save_base(
     _check("text_encoder", text_config(parts["text_encoder"]), text.config)
     _check(MOTION, motion_config(parts[MOTION]), modules)
 
+    networks: dict[str, tuple[Mapping[str, Any], dict[str, Tensor]]] = {}
     for name, part in parts.items():
-        theirs = _cast(part.source, part.layout.write(part.tensors), dtype)
-        if name == MOTION:
-            theirs |= _encodings(part, modules.max_frames)
-        _write_network(part.source, part.config, theirs, shard_bytes)
+        networks[name] = part.config, _cast(part.source, part.layout.write(part.tensors), dtype)
+    networks[MOTION][1].update(_encodings(parts[MOTION], modules.max_frames))
     if clip is not None:
         config = json.loads(clip.config.to_json_string()) | {"architectures": ["CLIPModel"]}
-        _write_network(folder / "clip", config, _cast(folder / "clip", clip.state_dict(), dtype), shard_bytes)
-    for file in sorted(tokenizer_folder.iterdir()):
-        if file.is_file():
-            with atomic_write(folder / "tokenizer" / file.name) as temporary:
-                shutil.copyfile(file, temporary)
+        networks["clip"] = config, _cast(folder / "clip", clip.state_dict(), dtype)
+
+    with _replacing([folder / name for name in (*networks, "tokenizer")]) as fresh:
+        for name, (config, theirs) in networks.items():
+            _write_network(fresh[folder / name], config, theirs, shard_bytes)
+        for file in sorted(tokenizer_folder.iterdir()):
+            if file.is_file():
+                with atomic_write(fresh[folder / "tokenizer"] / file.name) as temporary:
+                    shutil.copyfile(file, temporary)
     write_json(folder / "scheduler" / "scheduler_config.json", _scheduler_json(NoiseSchedule()))
     write_json(folder / "model_index.json", MODEL_INDEX)
     write_recipe(folder, recipe)
@@ -104,7 +114,7 @@ def save_base(
 MODEL_INDEX: dict[str, Any] = {
     "_class_name": "AnimateDiffPipeline",
     "unet": ["diffusers", "UNet2DConditionModel"],
-    "motion_adapter": ["diffusers", "MotionAdapter"],
+    MOTION: ["diffusers", "MotionAdapter"],
     "vae": ["diffusers", "AutoencoderKL"],
     "text_encoder": ["transformers", "CLIPTextModel"],
     "tokenizer": ["transformers", "CLIPTokenizer"],
@@ -217,7 +227,7 @@ def _cast(folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> di
 
 
 def _write_network(folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor], shard_bytes: int) -> None:
-    """The config, then one file, or several and their index; former weights are removed, or they would be read too."""
+    """The config, then one file, or several and their index, into a fresh folder."""
     write_json(folder / "config.json", config)
     stem = "diffusion_pytorch_model" if "_class_name" in config else "model"  # diffusers' name, and transformers'
     pattern = stem + "{suffix}.safetensors"
@@ -225,11 +235,43 @@ def _write_network(folder: Path, config: Mapping[str, Any], tensors: dict[str, T
     for name, keys in split.filename_to_tensors.items():
         with atomic_write(folder / name) as temporary:
             save_file({key: tensors[key] for key in keys}, temporary, metadata={"format": "pt"})
-    index = f"{stem}.safetensors.index.json"
-    written = set(split.filename_to_tensors)
     if split.is_sharded:
-        write_json(folder / index, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
-        written.add(index)
-    for former in [*folder.glob(f"{stem}*.safetensors"), *folder.glob(f"{stem}*.index.json")]:
-        if former.name not in written:
-            former.unlink()
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / f"{stem}.safetensors.index.json", index)
+
+
+@contextmanager
+def _replacing(folders: Sequence[Path]) -> Iterator[dict[Path, Path]]:
+    """Give a fresh sibling of each folder to write to; when the block ends well, they take the folders' places.
+
+    Where the block fails, the siblings are removed and the folders are as they were. A former folder is moved aside,
+    and removed only once the new one is there.
+
+    Raises:
+        UserError: a system that refuses.
+    """
+    fresh = {folder: folder.with_name(f".writing-{folder.name}") for folder in folders}
+    try:
+        for sibling in fresh.values():
+            _remove(sibling)  # of a run that was killed
+        yield fresh
+        for folder, sibling in fresh.items():
+            former = folder.with_name(f".former-{folder.name}")
+            if folder.exists():
+                _remove(former)
+                folder.rename(former)
+            sibling.rename(folder)
+            _remove(former)
+    except OSError as error:
+        raise UserError(f"{error.filename} could not be replaced: {error.strerror}") from error
+    finally:
+        for sibling in fresh.values():
+            shutil.rmtree(sibling, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder, or a link to one, if it is there."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)

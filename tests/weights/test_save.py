@@ -14,6 +14,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 import model
 import weights.load
+import weights.save
 from model import SD15_V1, TINY, MotionConfig, Recipe, TextConfig, TextEncoder, UNet3D, UserError, VAEConfig
 from weights import load_base, save_base
 from weights.detect import detect
@@ -69,8 +70,8 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def rewrite(path: Path, **changes) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 @pytest.mark.parametrize("motion_module", [None, "motion_adapter"])
@@ -150,7 +151,50 @@ def test_what_was_there_before_is_not_read_any_more(folder, networks, tokenizer,
         assert load_base(tmp_path, device="cpu").fingerprints == load_base(folder, device="cpu").fingerprints
         assert (tmp_path / INDEX).is_file() == (sizes[1] == SHARD)
     assert (tmp_path / "clip").is_dir()
-    assert not list(tmp_path.rglob(".writing*"))
+    assert not list(tmp_path.rglob(".[wf]*"))
+
+
+@pytest.mark.parametrize("writer", ["save_file", "write_json"])
+@pytest.mark.parametrize("error_", [KeyboardInterrupt, OSError])
+def test_what_is_broken_off_leaves_the_former_base(networks, tokenizer, tmp_path, monkeypatch, writer, error_):
+    again = {"tokenizer_folder": tokenizer, "recipe": RECIPE, "shard_bytes": SHARD}
+    save_base(tmp_path, **networks, **again)
+    before, write, calls = contents(tmp_path), getattr(weights.save, writer), []
+
+    def fail(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise error_
+        write(*arguments, **options)
+
+    monkeypatch.setattr(weights.save, writer, fail)
+    with pytest.raises((KeyboardInterrupt, UserError)):
+        save_base(tmp_path, **(networks | {"unet": randomise(UNet3D(UNET), 9)}), **again)
+    assert contents(tmp_path) == before
+
+
+def test_a_kill_at_any_moment_leaves_no_network_half_new(networks, tokenizer, tmp_path, monkeypatch):
+    again = {"tokenizer_folder": tokenizer, "recipe": RECIPE}
+    others = {name: randomise(type(network)(network.config), 9) for name, network in networks.items()}
+    save_base(tmp_path / "old", **networks, **again, shard_bytes=SHARD)
+    save_base(tmp_path / "new", **others, **again, shard_bytes=SHARD)
+    old, new = contents(tmp_path / "old"), contents(tmp_path / "new")
+    moved, rename = [], Path.rename
+
+    def watched(source, target):
+        moved.append(source.name)
+        for moment in (1, 2):
+            now = contents(tmp_path / "old")
+            for name in ("unet", "vae", "text_encoder", "motion_adapter", "tokenizer"):
+                states = [{file: b for file, b in each.items() if file.startswith(f"{name}/")} for each in (old, new)]
+                assert {file: b for file, b in now.items() if file.startswith(f"{name}/")} in [*states, {}]
+            if moment == 1:
+                rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", watched)
+    save_base(tmp_path / "old", **others, **again, shard_bytes=SHARD)
+    assert contents(tmp_path / "old") == new
+    assert len(moved) == 10
 
 
 def test_diffusers_makes_the_same_unet_of_the_files(base, folder):
@@ -202,40 +246,6 @@ def test_files_in_other_places_are_told_apart(folder):
     assert {name: detect(folder / name).kind for name in kinds} == kinds
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"ranks": 4}, r"recipe\.json: ranks is not a setting\. Did you mean rank\?"),
-        ({"rank": "many"}, r"recipe\.json: rank: expected a whole number, got 'many'"),
-        ({"rank": 4.5}, r"recipe\.json: rank: expected a whole number"),
-        ({"motion_layers": [2, "x"]}, r"recipe\.json: motion_layers: expected one or more whole numbers"),
-        ({"motion_layers": [2, 9]}, r"recipe\.json: layers are counted from 0 to 8, not 2, 6, 2, 9"),
-        ({"dropout": None}, r"recipe\.json: dropout: expected a number"),
-    ],
-    ids=str,
-)
-def test_a_wrong_recipe_is_told_before_any_weights_are_read(folder, tmp_path, change, says, monkeypatch):
-    (tmp_path / "recipe.json").write_text((folder / "recipe.json").read_text())
-    rewrite(tmp_path / "recipe.json", **change)
-    monkeypatch.setattr(weights.load, "_read_base", lambda source: pytest.fail("read"))
-    with pytest.raises(UserError, match=says):
-        load_base(tmp_path)
-
-
-@pytest.mark.parametrize(("text", "says"), [("{", "not valid JSON"), ("[1]", "should hold a JSON object, not list")])
-def test_a_damaged_recipe_is_refused(tmp_path, text, says):
-    (tmp_path / "recipe.json").write_text(text)
-    with pytest.raises(UserError, match=rf"recipe\.json.*{says}"):
-        load_base(tmp_path)
-
-
-def test_a_recipe_may_name_only_what_differs(folder, tmp_path):
-    write_base(tmp_path)
-    assert load_base(tmp_path, device="cpu").recipe == Recipe()
-    (tmp_path / "recipe.json").write_text('{"rank": 8, "appearance_layers": [3]}')
-    assert load_base(tmp_path, device="cpu").recipe == Recipe(rank=8, appearance_layers=(3,))
-
-
 def test_tiny_is_the_folder_in_the_package_and_its_absence_is_told(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(weights.load, "TINY", folder)
     tiny = load_base(device="cpu")
@@ -251,6 +261,8 @@ def test_tiny_is_the_folder_in_the_package_and_its_absence_is_told(folder, tmp_p
     [
         ({"unet": UNet3D(replace(UNET, motion=None))}, "has none"),
         ({"tokenizer_folder": Path("nowhere")}, "nowhere is no folder"),
+        ({"tokenizer_folder": Path(__file__).parent}, r"holds no tokenizer: vocab\.json and merges\.txt"),
+        ({"recipe": replace(RECIPE, rank=0)}, r"recipe\.json: rank must be at least 1, and is 0"),
         (
             {"unet": UNet3D(replace(UNET, motion=replace(SD15_V1.motion, norm_num_groups=8, pool_norms=False)))},
             "v1|pool",
@@ -260,7 +272,7 @@ def test_tiny_is_the_folder_in_the_package_and_its_absence_is_told(folder, tmp_p
             "vae cannot be kept in this layout",
         ),
     ],
-    ids=["no motion", "no tokenizer", "half a v1", "three levels"],
+    ids=["no motion", "no folder", "no tokenizer", "no rank", "half a v1", "three levels"],
 )
 def test_what_the_layout_cannot_say_is_not_written(networks, tokenizer, tmp_path, change, says):
     with pytest.raises(UserError, match=says):
@@ -275,7 +287,7 @@ def test_weights_that_float16_cannot_hold_are_not_written(networks, tokenizer, t
         vae.quant_conv.weight[0, 0] = value
     with pytest.raises(UserError, match=r"vae is not written: quant_conv\.weight has numbers that are not finite"):
         save_base(tmp_path, **(networks | {"vae": vae}), tokenizer_folder=tokenizer, recipe=RECIPE)
-    assert not (tmp_path / "vae").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_encodings_in_the_file_are_the_sinusoids_diffusers_computes(folder):

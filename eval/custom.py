@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from eval.demo_inputs import BACKGROUND, photos
-from eval.measures import bootstrap_interval, identity, path_error
+from eval.measures import crossed_interval, identity, in_sight, path_error
+from eval.page import demo_sheet
 from eval.reading import Judge, read_clip, read_path
-from sampling import contact_sheet, derived_seed, sample_videos, write_media
+from sampling import derived_seed, sample_videos, write_media
 from sampling.generate import loaded_loras
 from train.appearance import AppearanceSettings, train_appearance
 from train.motion import MotionSettings, train_motion
 from train.ttt import TTTSettings, train_ttt
 from train.vocabulary import SPARE_WORDS
 from train.world import (
+    BACKGROUNDS,
     HELD_OUT_MOTIONS,
     MOTIONS,
     NUM_FRAMES,
@@ -31,6 +33,7 @@ from train.world import (
 from weights import Base
 
 ARMS = ("base", "appearance", "motion", "both", "both+ttt")
+STILL = "standing still"  # beside the arms: what a subject that does not move scores
 # Differences that tell whether a stage is worth it: the second arm minus the first.
 COMPARED = (("base", "both+ttt"), ("appearance", "both"), ("motion", "both"), ("both", "both+ttt"))
 
@@ -130,9 +133,11 @@ def trained(base: Base, folder: Path, index: int, sizes: Custom) -> dict[str, li
 def measure_pair(
     base: Base, judge: Judge, folder: Path, index: int, sizes: Custom
 ) -> dict[str, dict[str, list[float]]]:
-    """Identity and path error of every clip of pair `index`, by arm; all arms start from the same noise.
+    """What every clip of pair `index` scores, by arm; all arms start from the same noise.
 
-    A contact sheet goes into `folder`: the photos, the reference clip, and a clip of each arm.
+    Beside identity and path error: "background", 1 where the judge sees the prompt's, and "seen", the share of frames
+    with a subject. Below STILL is the path error of a subject that stays where it is. A contact sheet goes into
+    `folder`: the photos, the reference clip, and a clip of each arm.
     """
     subject, motion = pair(index)
     shots, shot_masks = photos(subject, SIZE, sizes.seed)
@@ -140,24 +145,24 @@ def measure_pair(
     path, _ = read_path(truth, truth_masks)
     prompts = [pair_prompt(subject, motion)] * sizes.seeds
     seeds = [derived_seed(sizes.seed, "clips", index, i) for i in range(sizes.seeds)]
-    rows, found = [torch.cat([shots, torch.ones_like(shots)])[:8], eight(truth[0].transpose(0, 1))], {}
+    found, shown = {}, []
     for arm, loras in trained(base, folder, index, sizes).items():
         with loaded_loras(base, loras):
             videos = sample_videos(base, prompts, seeds)
         clips = videos.transpose(1, 2)
         seen = read_clip(judge, clips)
+        ground = seen.background.argmax(dim=1) == list(BACKGROUNDS).index(BACKGROUND)
         found[arm] = {
             "identity": identity(clips, seen.masks, shots, shot_masks).tolist(),
             "path_error": path_error(seen.path, path.expand(len(clips), -1, -1)).tolist(),
+            "background": ground.float().tolist(),
+            "seen": in_sight(seen.path).float().mean(dim=1).tolist(),
         }
-        rows.append(eight(videos[0]))
-    write_media(folder / f"pair-{subject}-{motion}.png", contact_sheet(torch.cat(rows), columns=8)[None])
+        shown.append(videos[0])
+    found[STILL] = {"path_error": path_error(torch.zeros_like(path[..., :2]), path).tolist()}
+    sheet = demo_sheet(list(shots), truth[0].transpose(0, 1), shown)
+    write_media(folder / f"pair-{subject}-{motion}.png", sheet[None])
     return found
-
-
-def eight(frames: Tensor) -> Tensor:
-    """Eight of the frames (f, 3, h, w), evenly spread from first to last: a row of a contact sheet."""
-    return frames[torch.linspace(0, len(frames) - 1, 8).round().long()]
 
 
 def measure_custom(
@@ -170,8 +175,7 @@ def measure_custom(
         judge: reads masks and paths of what is generated.
         folder: for runs and contact sheets.
         sizes: of the measurement.
-        found: gets "pairs" ("subject-motion" -> arm -> measure -> a number a clip), "means" by arm, and "differences"
-            with 95 % intervals over pairs.
+        found: gets "pairs" ("subject-motion" -> arm -> measure -> a number a clip), and what `summary` says of them.
         save: writes `found` down.
     """
     pairs = found.setdefault("pairs", {})
@@ -185,17 +189,21 @@ def measure_custom(
 
 
 def summary(pairs: dict[str, dict[str, dict[str, list[float]]]]) -> dict[str, Any]:
-    """Means of the arms, and paired differences between them with bootstrap intervals over pairs."""
-    means: dict[str, dict[str, float]] = {arm: {} for arm in ARMS}
+    """Means of the arms and of standing still, and paired differences between arms with 95 % intervals.
+
+    Pairs share subjects and motions, hence `crossed_interval`; a single pair has no interval (None).
+    """
+    subjects, motions = zip(*(map(int, name.split("-")) for name in pairs), strict=True)
+
+    def by_pair(arm: str, measure: str) -> Tensor:
+        return torch.tensor([sum(p[arm][measure]) / len(p[arm][measure]) for p in pairs.values()])
+
+    first = next(iter(pairs.values()))
+    means = {arm: {name: by_pair(arm, name).mean().item() for name in first[arm]} for arm in (*ARMS, STILL)}
     differences: dict[str, dict[str, dict[str, Any]]] = {}
-    for measure in ("identity", "path_error"):
-        by_arm = {
-            arm: torch.tensor([sum(p[arm][measure]) / len(p[arm][measure]) for p in pairs.values()]) for arm in ARMS
-        }
-        for arm, values in by_arm.items():
-            means[arm][measure] = values.mean().item()
-        for before, after in COMPARED:
-            values = by_arm[after] - by_arm[before]
-            row = {"mean": values.mean().item(), "interval": bootstrap_interval(values)}
-            differences.setdefault(f"{after} - {before}", {})[measure] = row
+    for before, after in COMPARED:
+        rows = differences.setdefault(f"{after} - {before}", {})
+        for measure in ("identity", "path_error"):
+            values = by_pair(after, measure) - by_pair(before, measure)
+            rows[measure] = {"mean": values.mean().item(), "interval": crossed_interval(values, subjects, motions)}
     return {"means": means, "differences": differences}

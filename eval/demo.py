@@ -5,7 +5,8 @@ shows side by side what the base alone, both LoRAs, and both LoRAs after test-ti
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from eval.demo_inputs import photos, reference_clip
-from eval.demo_plan import PHOTOS, REFERENCE, DemoSettings, Plan, check_base, make_plan, sizes
+from eval.demo_plan import PHOTOS, REFERENCE, DemoSettings, Plan, check_base, is_scored, make_plan, sizes
 from eval.demo_record import STEPS, Record
 from eval.measures import identity, path_error
 from eval.page import Clip, Page, Row, Score, Step, demo_page, demo_sheet, score_table
@@ -28,7 +29,6 @@ from train.motion import read_frames, train_motion
 from train.run import up_to_date
 from train.settings import TrainSettings
 from train.ttt import train_ttt
-from train.world import SIZE
 from weights import Base, atomic_write, open_base, parse_settings, read_json, run_command
 
 PAGE, SHEET = "index.html", "contact-sheet.png"
@@ -37,15 +37,16 @@ KINDS = {
     "both": ("both LoRAs", "each trained without the other"),
     "ttt": ("with test-time training", "both LoRAs, trained on together for this very prompt"),
 }
-
+STILL = "still"  # beside the names of KINDS: a subject that does not move
 SCORES = {
     "path": Score(
         "path error",
-        "how far the subject strays from the reference clip's path, in its extents: 0 is the same, 0.5 standing still",
+        "how far the subject strays from the reference clip's path, in its extents: 0 is the same",
     ),
     "identity": Score(
         "identity",
-        "how much the subject looks like the one in the photos, in colours and outline: 1 is just so, 0 not at all",
+        "how much the subject looks like the one in the photos, in colours and outline: 1 is just so, and a subject "
+        "that has nothing to do with it has about 0.4",
     ),
 }
 
@@ -64,9 +65,14 @@ def demo(settings: DemoSettings) -> Path:
     """
     plan = make_plan(settings)
     record = Record(settings)
-    base = cache(partial(open_base, settings))
+
+    @cache
+    def base() -> Base:
+        loaded = open_base(settings)
+        check_base(settings, plan, loaded)
+        return loaded
+
     if record.recipe is None:
-        check_base(settings, plan, base())
         record.begin(base().recipe)
     inputs = [record.path.with_name(name) for name in (PHOTOS, REFERENCE)]
     with record.step("inputs", all(path.exists() for path in inputs)) as open_:
@@ -98,13 +104,12 @@ def demo(settings: DemoSettings) -> Path:
 def write_inputs(settings: DemoSettings, plan: Plan, base: Base) -> None:
     """Render what was not brought along; what was is copied as the base sees it, for the page to show."""
     frames, height, width = sizes(settings, base.recipe)
-    side = max(height, width)
     if settings.video is None:
-        clip = reference_clip(settings.motion_number, frames, side, settings.seed)
+        clip = reference_clip(settings.motion_number, frames, height, settings.seed)
     else:
         clip = read_frames(plan.moves, base)
     if settings.images is None:
-        pictures, _ = photos(settings.subject_number, side, settings.seed)
+        pictures, _ = photos(settings.subject_number, height, settings.seed)
     else:
         pictures, _ = read_subject(settings.images, plan.looks.prompt, height, width)
     write_media(Path(settings.out) / REFERENCE, clip, fps=base.recipe.fps)
@@ -123,12 +128,13 @@ def scores(
         videos: of each kind, (clips, f, 3, h, w).
 
     Returns:
-        By score (see SCORES) and kind, a number for each clip; empty where nothing can be told.
+        By score (see SCORES) and kind, a number for each clip; for paths, under STILL, that of a subject which does not
+        move. Empty where nothing can be told.
 
     Raises:
         UserError: the judge's file is missing or damaged.
     """
-    if settings.base != "tiny" or reference.shape[-2:] != (SIZE, SIZE) or len(reference) < 2:
+    if not is_scored(settings, len(reference), *reference.shape[-2:]):
         return {}
     judge = load_judge()
     seen = {kind: read_clip(judge, clips.transpose(1, 2)) for kind, clips in videos.items()}
@@ -136,6 +142,7 @@ def scores(
     if settings.video is None:
         path = read_clip(judge, reference.transpose(0, 1)[None]).path
         found["path"] = {kind: path_error(its.path, path.expand_as(its.path)).tolist() for kind, its in seen.items()}
+        found["path"][STILL] = path_error(torch.zeros_like(path[..., :2]), path).tolist()
     if settings.images is None:
         masks = read_clip(judge, pictures.transpose(0, 1)[None]).masks[0].transpose(0, 1)
         found["identity"] = {
@@ -185,7 +192,7 @@ def show(settings: DemoSettings, plan: Plan, record: Record, files: Mapping[str,
             *(Step(STEPS[name], seconds, told(plan, recipe, name)) for name, seconds in record.seconds.items()),
             Step("all together", sum(record.seconds.values())),
         ],
-        legend={name: SCORES[name] for name in measured},
+        legend={name: replace(SCORES[name], still=found.get(STILL, [None])[0]) for name, found in measured.items()},
     )
     with atomic_write(folder / PAGE) as temporary:
         temporary.write_text(demo_page(page), encoding="utf-8")

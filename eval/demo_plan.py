@@ -1,13 +1,23 @@
 """What a demonstration is asked for, and the settings of all its steps that follow from it."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
+import train.appearance
+import train.motion
+import train.ttt
 from eval.demo_inputs import BACKGROUND, MOTION_WORD, PERFORMER, SUBJECT_WORD
+from eval.reading import load_judge
+from lora import adapter_names, add_adapter, copy_adapter, remove_adapter
 from model import Recipe, UserError
 from sampling import check_size
+from sampling.ddim import ddim_sample
 from sampling.generate import GenerateSettings, clip_files
 from train.appearance import AppearanceSettings
 from train.data import clip_files as clip_files_of
@@ -15,8 +25,8 @@ from train.data import read_subject, subject_files
 from train.motion import MotionSettings, read_frames
 from train.run import RunSettings, section
 from train.ttt import TTTSettings
-from train.world import HELD_OUT_MOTIONS, HELD_OUT_SUBJECTS
-from weights import Base, BaseSettings
+from train.world import HELD_OUT_MOTIONS, HELD_OUT_SUBJECTS, SIZE
+from weights import Base, BaseSettings, LoRAEntry
 
 Settings = TypeVar("Settings", bound=BaseSettings)
 
@@ -32,7 +42,7 @@ class DemoSettings(RunSettings):
         subject_number: which subject that the tiny base never saw is photographed: 0 arrow, 1 gear, 2 drop,
             3 hourglass, 4 house.
         motion_number: which motion that it never saw is filmed: 0 figure eight, 1 spiral, 2 hopping and turning,
-            3 swinging, 4 walking a square.
+            3 swinging, 4 patrolling.
         images: a folder of your own photos instead; needs --subject_prompt.
         video: a video of your own instead; needs --motion_prompt and --prompt.
         subject_prompt: what the photos show; not given: "a zor", a word that means nothing to the tiny base.
@@ -91,6 +101,10 @@ def make_plan(settings: DemoSettings) -> Plan:
     images, video = settings.images or str(out / PHOTOS), settings.video or str(out / REFERENCE)
     looks = table(AppearanceSettings, settings, "appearance", images=images, prompt=subject, seed=settings.seed)
     moves = table(MotionSettings, settings, "motion", video=video, prompt=motion, seed=settings.seed)
+    if settings.video is None and (moves.fps is not None or moves.frame_step != 1 or moves.start):
+        raise UserError(
+            "motion: fps, frame_step and start choose frames of a --video, and a rendered clip has no others"
+        )
     roles = {"appearance": looks.out, "motion": moves.out}
     both = table(TTTSettings, settings, "ttt", prompt=prompt, seed=settings.seed, **roles)
     seeds = [settings.seed + i for i in range(settings.clips)]
@@ -137,19 +151,97 @@ def table(cls: type[Settings], settings: DemoSettings, name: str, **fixed: Any) 
 
 
 def check_base(settings: DemoSettings, plan: Plan, base: Base) -> None:
-    """Find out before any work whether the base can do it, and whether it can read what was brought along.
+    """Find out before any work whether the base can do all of it, and whether it can read what was brought along.
 
     Raises:
-        UserError: a base without motion modules, or photos or a video that cannot be read.
+        UserError: a base without motion modules, more frames than they know, sizes that cannot be rendered, photos or a
+            video that cannot be read, a number in a step's table that is out of its range, or no judge for the scores.
     """
-    if base.unet.config.motion is None:
+    modules = base.unet.config.motion
+    if modules is None:
         raise UserError(f"{base.name} has no motion modules, and a clip needs them: give --motion_module")
-    _, height, width = sizes(settings, base.recipe)
+    frames, height, width = sizes(settings, base.recipe)
     check_size(height, width)
+    if frames > modules.max_frames:
+        raise UserError(f"num_frames must be at most {modules.max_frames} with these motion modules, and is {frames}")
+    if height != width and (settings.images is None or settings.video is None):
+        raise UserError(
+            f"photos and clips are rendered square, and not {height} high and {width} wide: give --height and --width "
+            "one number, or bring both --images and --video"
+        )
     if settings.images is not None:
         read_subject(settings.images, plan.looks.prompt, height, width)
     if settings.video is not None:
         read_frames(plan.moves, base)
+    check_steps(plan, base)
+    if is_scored(settings, frames, height, width):
+        load_judge()
+
+
+def check_steps(plan: Plan, base: Base) -> None:
+    """Check each step's numbers as the step itself would; the network is left as it was.
+
+    Raises:
+        UserError: a number out of its range, with the step's table before it.
+    """
+    stages = {
+        "appearance": (train.appearance.with_defaults(plan.looks, base), "spatial"),
+        "motion": (train.motion.with_defaults(plan.moves, base), "temporal"),
+    }
+    start = torch.Generator().manual_seed(0)  # not the global one, whose state is not ours to change
+    entries: dict[str, LoRAEntry] = {}
+    try:
+        for name, (its, kind) in stages.items():
+            with table_named(name):
+                its.loop()
+                options = {"targets": its.targets, "dropout": its.dropout, "generator": start}
+                spec = add_adapter(base.unet, name, kind, its.layers, its.rank, **options)
+                entries[name] = LoRAEntry(spec, its.prompt)
+        with table_named("ttt"):
+            both = train.ttt.with_defaults(plan.both, base, entries)
+            both.loop()
+            if both.reference == "whole":
+                check_sampling(base, both.reference_steps, both.reference_spacing)
+            copy_adapter(base.unet, "motion", "student", both.dropout)
+    finally:
+        for name in (*entries, "student"):
+            if name in adapter_names(base.unet):
+                remove_adapter(base.unet, name)
+    with table_named("generate"):
+        clips = plan.clips["ttt"]
+        check_sampling(
+            base, base.recipe.sampling_steps if clips.steps is None else clips.steps, clips.spacing, clips.eta
+        )
+
+
+def check_sampling(base: Base, steps: int, spacing: str, eta: float = 0.0) -> None:
+    """Begin to sample and stop before the first step; raises UserError where a number is out of its range."""
+    nothing = torch.zeros(1, 1, 1, 1, 1)
+    ddim_sample(
+        lambda latents, _: latents,
+        nothing,
+        base.schedule,
+        steps,
+        spacing=spacing,
+        eta=eta,
+        step_noise=lambda _: nothing,
+        only_first=0,
+    )
+
+
+@contextmanager
+def table_named(name: str) -> Iterator[None]:
+    """Put the name of a step's table before what is wrong within the block."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+
+
+def is_scored(settings: DemoSettings, frames: int, height: int, width: int) -> bool:
+    """Whether the judge can compare anything: it knows what is rendered in the tiny base's world, at its size."""
+    rendered = settings.images is None or settings.video is None
+    return settings.base == "tiny" and rendered and (height, width) == (SIZE, SIZE) and frames >= 2
 
 
 def sizes(settings: DemoSettings, recipe: Recipe) -> tuple[int, int, int]:

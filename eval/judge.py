@@ -1,8 +1,9 @@
 """Training of the judge that scores clips of the rendered world: `python -m eval.judge --out judge.safetensors`."""
 
-import math
+import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,9 @@ from tqdm import tqdm
 
 from eval.reading import ATTRIBUTES, ClipReading, Judge, load_judge, read_clip, read_path, tracks
 from model import UserError
-from sampling import derived_seed
+from sampling import decode, derived_seed
+from train.pretrain import pretrain
+from train.stage import encode_videos
 from train.world import (
     BACKGROUNDS,
     COLOURS,
@@ -25,7 +28,7 @@ from train.world import (
     random_scenes,
     render,
 )
-from weights import atomic_write, load_base, parse_settings, run_command
+from weights import Base, atomic_write, load_base, parse_settings, read_json, run_command, write_json
 
 __all__ = ["ClipReading", "Judge", "JudgeSettings", "load_judge", "read_clip", "train_judge"]
 
@@ -37,7 +40,7 @@ class JudgeSettings:
     """How the judge is trained.
 
     Args:
-        out: the file to write, .safetensors.
+        out: the file to write, .safetensors; beside it lies a folder .run while the training is not done.
         steps: of the part that reads frames.
         batch_size: frames of a step, half of them with looks that the base never saw: these train the mask alone.
         learning_rate: of AdamW, at its highest.
@@ -58,13 +61,16 @@ class JudgeSettings:
 
 
 def train_judge(settings: JudgeSettings) -> Judge:
-    """Train a judge and write it in float16.
+    """Train a judge, or go on where it was stopped, and write it in float16.
 
     Raises:
-        UserError: settings out of range, or a file that cannot be written.
+        UserError: settings out of range or other than those the training was begun with, or a file that cannot be
+            written.
+        KeyboardInterrupt: the training was stopped; the same command goes on.
     """
     if settings.steps < 1 or settings.batch_size < 16 or settings.clips < 1 or settings.motion_steps < 1:
         raise UserError("steps, clips and motion_steps must be at least 1, and batch_size at least 16")
+    work = begin(settings)
     torch.manual_seed(settings.seed)
     judge = Judge().to(memory_format=torch.channels_last)
     vae = None if settings.base is None else load_base(settings.base, device="cpu").vae.eval()
@@ -76,7 +82,7 @@ def train_judge(settings: JudgeSettings) -> Judge:
             frames[::4] = decoded.float().clamp(-1, 1)
         return worn(frames, generator)
 
-    def frame_loss(generator: torch.Generator) -> Tensor:
+    def frame_loss(generator: torch.Generator) -> dict[str, Tensor]:
         half = settings.batch_size // 2
         times = torch.rand((half, 1), generator=generator)
         known, strange = random_scenes(half, generator, times), strange_scenes(half, generator, times)
@@ -87,46 +93,54 @@ def train_judge(settings: JudgeSettings) -> Judge:
         logits = reading.mask.float()
         cover, overlap = logits.sigmoid(), F.binary_cross_entropy_with_logits(logits, masks)
         dice = 1 - 2 * (cover * masks).sum(dim=(1, 2, 3)) / (cover + masks).sum(dim=(1, 2, 3))
-        losses = [F.cross_entropy(getattr(reading, name)[:half].float(), getattr(known, name)) for name in ATTRIBUTES]
-        return torch.stack([*losses, 10 * overlap, dice.mean()]).sum()
+        losses = {
+            name: F.cross_entropy(getattr(reading, name)[:half].float(), getattr(known, name)) for name in ATTRIBUTES
+        }
+        return {**losses, "mask": 10 * overlap, "dice": dice.mean()}
 
-    fit("frames", judge, frame_loss, settings.steps, settings.learning_rate, settings.seed)
-    judge.eval()
+    pretrain(
+        judge,
+        frame_loss,
+        work / "frames",
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        weight_decay=0.02,
+        seed=settings.seed,
+    )
     generator = torch.Generator().manual_seed(derived_seed(settings.seed, "clips"))
     seen_tracks, motions = clip_tracks(judge, settings.clips, generator)
 
-    def motion_loss(generator: torch.Generator) -> Tensor:
+    def motion_loss(generator: torch.Generator) -> dict[str, Tensor]:
         picked = torch.randint(len(motions), (128,), generator=generator)
         noise = torch.randn((128, *seen_tracks.shape[1:]), generator=generator)
-        return F.cross_entropy(judge.motion(seen_tracks[picked] + 0.05 * noise), motions[picked])
+        return {"motion": F.cross_entropy(judge.motion(seen_tracks[picked] + 0.05 * noise), motions[picked])}
 
-    fit("motion", judge.motion, motion_loss, settings.motion_steps, 2e-3, settings.seed)
+    pretrain(
+        judge.motion.requires_grad_(True),
+        motion_loss,
+        work / "motion",
+        steps=settings.motion_steps,
+        learning_rate=2e-3,
+        weight_decay=0.02,
+        seed=settings.seed,
+    )
     state = {name: t.half() if t.is_floating_point() else t for name, t in judge.state_dict().items()}
     with atomic_write(settings.out) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary)
+    shutil.rmtree(work)
     return load_judge(settings.out)
 
 
-def fit(
-    label: str,
-    network: torch.nn.Module,
-    loss: Callable[[torch.Generator], Tensor],
-    steps: int,
-    learning_rate: float,
-    seed: int,
-) -> None:
-    """Minimise `loss`, which is given each step's generator, with AdamW, a short rise and a cosine."""
-    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=0.02)
-    network.train()
-    bar = tqdm(range(steps), desc=label, mininterval=2)
-    for step in bar:
-        rise, fall = min(1.0, (step + 1) / 50), 0.5 + 0.5 * math.cos(math.pi * step / steps)
-        optimizer.param_groups[0]["lr"] = learning_rate * rise * fall
-        value = loss(torch.Generator().manual_seed(derived_seed(seed, label, step)))
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
+def begin(settings: JudgeSettings) -> Path:
+    """The folder of an unfinished training, with folders for its two parts; other settings than there are refused."""
+    work = Path(settings.out).with_suffix(".run")
+    file, wanted = work / "settings.json", {k: v for k, v in asdict(settings).items() if k != "out"}
+    if file.is_file() and read_json(file) != wanted:
+        raise UserError(f"{work} was begun with other settings: give them again, delete it, or give --out a new name")
+    write_json(file, wanted)
+    for part in ("frames", "motion"):
+        (work / part).mkdir(exist_ok=True)
+    return work
 
 
 def strange_scenes(count: int, generator: torch.Generator, times: Tensor) -> Scenes:
@@ -171,8 +185,8 @@ def worn_clips(videos: Tensor, generator: torch.Generator) -> Tensor:
 def clip_tracks(judge: Judge, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """What the motion head sees of `count` worn clips and of their mirror images: tracks, and numbers of motions."""
     parts = []
-    for _ in tqdm(range(0, count, 50), desc="paths", mininterval=2):
-        scenes = random_scenes(min(50, count), generator)
+    for start in tqdm(range(0, count, 50), desc="paths", mininterval=2):
+        scenes = random_scenes(min(50, count - start), generator)
         clip = read_clip(judge, worn_clips(render(scenes)[0], generator))
         mirrored = clip.path * torch.tensor([-1.0, 1.0, 1.0])
         parts += [
@@ -190,8 +204,16 @@ def mirrored_motions() -> Tensor:
 
 
 @torch.no_grad()
-def judge_accuracy(judge: Judge, count: int = 240, seed: int = 1) -> dict[str, float]:
-    """How often `judge` is right about `count` fresh clips as they were rendered, and how near its masks are.
+def judge_accuracy(
+    judge: Judge, count: int = 240, seed: int = 1, change: Callable[[Tensor], Tensor] = torch.clone
+) -> dict[str, float]:
+    """How often `judge` is right about `count` fresh clips, and how near its masks are.
+
+    Args:
+        judge: reads the clips.
+        count: clips, at least 1.
+        seed: of the clips.
+        change: what happens to clips (n, 3, f, 64, 64) before the judge sees them; as they were rendered, by default.
 
     Returns:
         Shares by attribute (clip by clip) and for "motion"; "frames", the share of single frames with all four
@@ -201,6 +223,8 @@ def judge_accuracy(judge: Judge, count: int = 240, seed: int = 1) -> dict[str, f
     generator = torch.Generator().manual_seed(derived_seed(seed, "accuracy"))
     scenes = random_scenes(count, generator)
     videos, masks = render(scenes)
+    true_path, _ = read_path(videos, masks)
+    videos = change(videos)
     clip = read_clip(judge, videos)
     found = {
         name: (getattr(clip, name).argmax(dim=1) == getattr(scenes, name)).float().mean().item()
@@ -209,12 +233,16 @@ def judge_accuracy(judge: Judge, count: int = 240, seed: int = 1) -> dict[str, f
     single = judge(videos[:, :, 5])
     right = [getattr(single, name).argmax(dim=1) == getattr(scenes, name) for name in ATTRIBUTES]
     found["frames"] = torch.stack(right).all(dim=0).float().mean().item()
-    true_path, _ = read_path(videos, masks)
     found["centroid_px"] = (clip.path - true_path)[..., :2].norm(dim=-1).mean().item() * videos.shape[-1]
     found["mask_iou"] = overlap(clip.masks, masks)
     videos, masks = render(strange_scenes(count, generator, torch.linspace(0, 1, 2).expand(count, 2)))
-    found["strange_iou"] = overlap(read_clip(judge, videos).masks, masks)
+    found["strange_iou"] = overlap(read_clip(judge, change(videos)).masks, masks)
     return found
+
+
+def through_vae(base: Base, videos: Tensor) -> Tensor:
+    """Videos (n, 3, f, h, w) in [-1, 1] as they come back from the base's autoencoder, without noise, on the CPU."""
+    return decode(base, encode_videos(base, videos).mean).transpose(1, 2)
 
 
 def overlap(masks: Tensor, others: Tensor) -> float:
@@ -227,8 +255,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """`python -m eval.judge`."""
     about = "Train the judge that scores clips of the rendered world, and say how often it is right on fresh ones."
     settings = parse_settings(JudgeSettings, argv, prog="python -m eval.judge", description=about)
-    for name, value in judge_accuracy(train_judge(settings)).items():
-        print(f"{name:12} {value:.4f}")
+    judge = train_judge(settings)
+    wear = torch.Generator().manual_seed(derived_seed(settings.seed, "wear"))
+    seen = {"rendered": judge_accuracy(judge), "worn": judge_accuracy(judge, change=lambda v: worn_clips(v, wear))}
+    if settings.base is not None:
+        base = load_base(settings.base, device="cpu")
+        seen["decoded"] = judge_accuracy(judge, change=lambda videos: through_vae(base, videos))
+    print(" " * 12 + "".join(f"{name:>10}" for name in seen))
+    for name in seen["rendered"]:
+        print(f"{name:12}" + "".join(f"{found[name]:10.4f}" for found in seen.values()))
 
 
 if __name__ == "__main__":

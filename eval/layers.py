@@ -6,20 +6,21 @@ python -m eval.layers --out layers.json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from eval.reading import ClipReading, Judge, load_judge, read_clip
+from eval.reading import ClipReading, Judge, check_readable, digest, judge_file, load_judge, read_clip
 from model import UNet3D, UserError
-from sampling import ddim_sample, decode, derived_seed, draw_noise, encode, evaluating
-from sampling.ddim import Denoiser
-from train.world import WORLD_MOTIONS, WORLD_SHAPES, Scenes, caption, random_scenes
+from sampling import decode, derived_seed, encode, sample_latents
+from train.world import WORLD_MOTIONS, WORLD_SHAPES, WORLD_TEXTURES, Scenes, caption, random_scenes
 from weights import Base, BaseSettings, open_base, parse_settings, read_json, run_command, write_json
 
 # What differs between a pair's two prompts, and by which of the judge's answers the second one is recognised.
 KINDS = {"subject": ("shape", "colour", "texture"), "motion": ("motion",)}
-FREE = ("out", "device", "batch_size")  # settings that change nothing about the scores
+FREE = ("out", "device", "batch_size", "judge")  # settings that change nothing about the scores
 
 Scores = dict[str, dict[str, dict[str, float]]]  # by kind, row, and attribute or "score", their mean
 
@@ -59,29 +60,6 @@ def injected(text: Tensor, other: Tensor, layers: Sequence[int]) -> list[Tensor]
     return [other if index in layers else text for index in range(9)]
 
 
-def guided_by_layer(unet: UNet3D, texts: Sequence[Tensor], negative: Tensor, guidance_scale: float) -> Denoiser:
-    """A denoiser with an embedding of its own in each layer; guidance leads away from `negative` in all of them.
-
-    Args:
-        unet: the network.
-        texts: nine of (b, n, d).
-        negative: (b, n, d).
-        guidance_scale: 1 follows the texts alone.
-
-    Returns:
-        A function of latents (b, c, f, h, w) and a timestep.
-    """
-    both = [torch.cat([negative, text]) for text in texts]
-
-    def denoise(latents: Tensor, timestep: int) -> Tensor:
-        doubled = torch.cat([latents, latents]).to(unet.dtype)
-        without, with_text = unet(doubled, timestep, both).float().chunk(2)
-        return without + guidance_scale * (with_text - without)
-
-    return denoise
-
-
-@torch.no_grad()
 def injected_videos(
     base: Base,
     prompts: Sequence[str],
@@ -105,15 +83,9 @@ def injected_videos(
     Returns:
         Frames (b, f, 3, h, w) in [-1, 1] on the CPU.
     """
-    recipe, factor, unet = base.recipe, base.vae.config.factor, base.unet
-    shape = (unet.config.in_channels, recipe.num_frames, recipe.height // factor, recipe.width // factor)
-    noise = torch.cat([draw_noise(seed, shape) for seed in seeds]).to(unet.device)
     texts = injected(encode(base, prompts), encode(base, others), layers)
-    scale = recipe.guidance_scale if guidance_scale is None else guidance_scale
     negative = encode(base, [""] * len(prompts))
-    with evaluating(unet):
-        denoise = guided_by_layer(unet, texts, negative, scale)
-        return decode(base, ddim_sample(denoise, noise, base.schedule, steps))
+    return decode(base, sample_latents(base, texts, negative, seeds, steps=steps, guidance_scale=guidance_scale))
 
 
 def prompt_pairs(kind: str, count: int, seed: int) -> tuple[Scenes, Scenes]:
@@ -122,19 +94,25 @@ def prompt_pairs(kind: str, count: int, seed: int) -> tuple[Scenes, Scenes]:
     What the first lacks and the second has tells where its text arrived; backgrounds are the same.
     """
     generator = torch.Generator().manual_seed(derived_seed(seed, "pairs", kind))
-    firsts, seconds = random_scenes(40 * count, generator), random_scenes(40 * count, generator)
-    fitting = firsts.background == seconds.background
-    for name in KINDS[kind]:
-        fitting &= getattr(firsts, name) != getattr(seconds, name)
-    if kind == "motion":  # nobody sees a circle spin
-        circle, spinning = WORLD_SHAPES.index("circle"), WORLD_MOTIONS.index("spinning")
-        fitting &= (firsts.shape != circle) | (seconds.motion != spinning)
-    picked = fitting.nonzero().flatten()[:count]
-    first, second = firsts[picked], seconds[picked]
     shared = ("motion",) if kind == "subject" else ("shape", "texture", "colour", "second")
-    for name in shared:
-        getattr(second, name).copy_(getattr(first, name))
-    return first, second
+    drawn, picked = 40 * count, torch.empty(0)
+    while len(picked) < count:
+        firsts, seconds = random_scenes(drawn, generator), random_scenes(drawn, generator)
+        fitting = firsts.background == seconds.background
+        for name in KINDS[kind]:
+            fitting &= getattr(firsts, name) != getattr(seconds, name)
+        for name in shared:
+            getattr(seconds, name).copy_(getattr(firsts, name))
+        picked = (fitting & ~spins_unseen(seconds)).nonzero().flatten()[:count]
+        drawn *= 2
+    return firsts[picked], seconds[picked]
+
+
+def spins_unseen(scenes: Scenes) -> Tensor:
+    """Whether a scene's subject is a plain or ringed circle that spins: nobody sees it do so. (n,)"""
+    plain, ringed = (WORLD_TEXTURES.index(name) for name in ("plain", "ringed"))
+    round_ = (scenes.shape == WORLD_SHAPES.index("circle")) & torch.isin(scenes.texture, torch.tensor([plain, ringed]))
+    return round_ & (scenes.motion == WORLD_MOTIONS.index("spinning"))
 
 
 def scores(reading: ClipReading, wanted: Scenes, kind: str) -> dict[str, list[bool]]:
@@ -157,7 +135,7 @@ def influence(base: Base, judge: Judge, settings: LayersSettings, found: Scores,
         first, second = prompt_pairs(kind, settings.pairs, settings.seed)
         prompts, others = ([caption(scenes, i) for i in range(settings.pairs)] for scenes in (first, second))
         seeds = [derived_seed(settings.seed, "noise", i) for i in range(settings.pairs)]
-        for row, layers in rows.items():
+        for row, layers in tqdm(rows.items(), desc=f"{kind}: p* in layers"):
             if row in found.setdefault(kind, {}):
                 continue
             right: dict[str, list[bool]] = {name: [] for name in KINDS[kind]}
@@ -177,29 +155,33 @@ def influence(base: Base, judge: Judge, settings: LayersSettings, found: Scores,
                     right[name] += values
             shares = {name: sum(values) / len(values) for name, values in right.items()}
             found[kind][row] = {"score": sum(shares.values()) / len(shares), **shares}
-            print(f"{kind:8} p* in {row:5} {found[kind][row]['score']:.3f}", flush=True)
+            tqdm.write(f"{kind:8} p* in {row:5} {found[kind][row]['score']:.3f}")
             save()
 
 
-def measure_layers(settings: LayersSettings, base: Base | None = None, judge: Judge | None = None) -> Scores:
+def measure_layers(settings: LayersSettings, base: Base | None = None) -> Scores:
     """Measure prompt influence, or what is left to measure of it, and write `settings.out` as it goes.
 
     Raises:
-        UserError: settings out of range, a file that holds something else, or missing files.
+        UserError: settings out of range, a base of another size of clips, a file that holds something else, or missing
+            files.
     """
     if settings.pairs < 1 or settings.batch_size < 1:
         raise UserError("pairs and batch_size must be at least 1")
-    base, judge = base or open_base(settings), judge or load_judge(settings.judge)
+    base = base or open_base(settings)
+    check_readable(base)
+    judge = load_judge(settings.judge)
     combined = set(settings.combined or [])
     if not combined <= set(text_layers(base.unet)):
         raise UserError(f"layers with text are {text_layers(base.unet)}: --combined {sorted(combined)} is not of them")
     out = Path(settings.out)
     wanted = {name: value for name, value in asdict(settings).items() if name not in FREE}
-    record = {"settings": wanted, "base": base.fingerprints, "scores": {}}
+    weights = {"base": base.fingerprints, "judge": digest(judge_file(settings.judge))}
+    record: dict[str, Any] = {"settings": wanted, **weights, "scores": {}}
     if out.is_file():
         before = read_json(out)
         if not isinstance(before, dict) or {**before, "scores": {}} != record:
-            raise UserError(f"{out} holds scores of other settings or another base: give --out a new name")
+            raise UserError(f"{out} holds scores of other settings, another base or judge: give --out a new name")
         record = before
     found: Scores = record["scores"]
     influence(base, judge, settings, found, lambda: write_json(out, record))

@@ -1,6 +1,7 @@
 """What clips are compared by: where a subject is, how far two paths are apart, how alike two subjects look."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ from torch import Tensor
 
 SCALES = (0.5, 2.0)  # how much smaller or larger the same motion may be
 BINS = 5  # of each colour channel
+LOST = 0.03  # a subject smaller than this, in frame widths, is not to be seen
 ANGLES = 24  # silhouettes are compared at so many angles
 ALIGNED = 32  # pixels of a side of an aligned subject
 REACH = 1.1  # an aligned subject's picture reaches so many of its sizes from its centroid
@@ -50,18 +52,35 @@ def aligned(pictures: Tensor, places: Tensor, angle: float = 0.0) -> Tensor:
 
 
 def path_error(path: Tensor, reference: Tensor) -> Tensor:
-    """How far paths (n, f, 2 or more: x, y, ...) are from the references' (n, f, 2 or more), frame by frame: (n,).
+    """How far paths are from the references', frame by frame: 0 is the same motion.
 
     Both are shifted to start at 0, and the path is scaled by the factor within 0.5 and 2 that brings it nearest in
-    least squares. The mean distance is given in units of the reference's extent, the diagonal of the box around it:
-    0 is the same motion, and standing still scores about a half. Time is not shifted: the reference is one clip.
+    least squares. The mean distance is given in units of the reference's extent, the diagonal of the box around it.
+    Time is not shifted: the reference is one clip. Standing still scores 0.3 to 0.6, depending on the reference.
+
+    Args:
+        path: x, y, and, if given, the subject's size as of `placement`, in frame widths, (n, f, 2 or more). A frame
+            where the subject is lost (smaller than 0.03) counts as far off as the reference is wide, 1, and for nothing
+            else: paths are shifted by the first frame where it is seen.
+        reference: (n, f, 2 or more) of subjects that are seen throughout.
+
+    Returns:
+        (n,).
     """
-    path, reference = (p[..., :2] - p[:, :1, :2] for p in (path, reference))
-    square = (path * path).sum(dim=(1, 2)).clamp_min(1e-9)
-    scale = ((path * reference).sum(dim=(1, 2)) / square).clamp(*SCALES)
-    box = reference.amax(dim=1) - reference.amin(dim=1)
-    distance = (scale[:, None, None] * path - reference).norm(dim=-1).mean(dim=1)
-    return distance / box.norm(dim=-1).clamp_min(1e-6)
+    found = in_sight(path) if path.shape[-1] > 2 else torch.ones_like(path[..., 0], dtype=torch.bool)
+    first = found.int().argmax(dim=1)[:, None, None].expand(-1, 1, 2)
+    path, reference = (p[..., :2] - p[..., :2].gather(1, first) for p in (path, reference))
+    counted = path * found[..., None]
+    square = counted.square().sum(dim=(1, 2)).clamp_min(1e-9)
+    scale = ((counted * reference).sum(dim=(1, 2)) / square).clamp(*SCALES)
+    extent = (reference.amax(dim=1) - reference.amin(dim=1)).norm(dim=-1).clamp_min(1e-6)
+    distance = (scale[:, None, None] * path - reference).norm(dim=-1) / extent[:, None]
+    return distance.where(found, torch.ones_like(distance)).mean(dim=1)
+
+
+def in_sight(path: Tensor) -> Tensor:
+    """Whether there is a subject: paths (n, f, 3: x, y, size) -> (n, f)."""
+    return path[..., 2] >= LOST
 
 
 def colour_histogram(pictures: Tensor, masks: Tensor) -> Tensor:
@@ -94,7 +113,8 @@ def identity(videos: Tensor, masks: Tensor, photos: Tensor, photo_masks: Tensor)
     """How much the subjects of clips look like that of some photos, in [0, 1].
 
     The mean of two: the intersection of colour histograms inside the masks, and the silhouettes' overlap with the
-    photo that fits best. Both are means over the frames.
+    photo that fits best. Both are means over the frames. A subject that has nothing to do with the photos' scores about
+    0.4, not 0: every outline overlaps every other, and colours recur.
 
     Args:
         videos: n clips (n, 3, f, h, w) in [-1, 1].
@@ -112,9 +132,34 @@ def identity(videos: Tensor, masks: Tensor, photos: Tensor, photo_masks: Tensor)
     return ((colours + outline) / 2).unflatten(0, (len(videos), -1)).mean(dim=1)
 
 
-def bootstrap_interval(values: Tensor, seed: int = 0, draws: int = 10000) -> tuple[float, float]:
-    """The 95 % interval of the mean of `values` (n,) over draws of n of them with replacement."""
+def crossed_interval(
+    values: Tensor, subjects: Sequence[int], motions: Sequence[int], seed: int = 0, draws: int = 10000
+) -> tuple[float, float] | None:
+    """The 95 % interval of the mean over pairs of a subject and a motion, each of which serves in several pairs.
+
+    Such pairs are not independent: subjects and motions are drawn anew, each with replacement, and a pair counts as
+    often as both together were drawn (the bootstrap for crossed factors: Owen 2007, "The pigeonhole bootstrap"). Draws
+    that hold none of the pairs are left out.
+
+    Args:
+        values: one for each pair, (n,).
+        subjects: the n pairs' subjects.
+        motions: the n pairs' motions.
+        seed: of the draws.
+        draws: how many.
+
+    Returns:
+        Its ends; None for one pair, which tells nothing about others.
+    """
+    if len(values) < 2:
+        return None
     generator = torch.Generator().manual_seed(seed)
-    picked = torch.randint(len(values), (draws, len(values)), generator=generator)
-    low, high = values.double()[picked].mean(dim=1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    weight = torch.ones(draws, len(values), dtype=torch.float64)
+    for factor in (subjects, motions):
+        levels, which = torch.tensor(factor).unique(return_inverse=True)
+        drawn = torch.randint(len(levels), (draws, len(levels)), generator=generator)
+        weight *= F.one_hot(drawn, len(levels)).sum(dim=1)[:, which]
+    total = weight.sum(dim=1)
+    means = (weight @ values.double())[total > 0] / total[total > 0]
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high

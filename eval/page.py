@@ -23,10 +23,18 @@ class Score:
     Args:
         title: as a column's head.
         about: how to read it, as a sentence.
+        still: what a subject scores that does not move; None where that says nothing.
     """
 
     title: str
     about: str
+    still: float | None = None
+
+    @property
+    def explained(self) -> str:
+        """Title and how to read it, in a line."""
+        still = "" if self.still is None else f"; standing still scores {_number(self.still)}"
+        return f"{self.title}: {self.about}{still}"
 
 
 @dataclass(frozen=True)
@@ -165,23 +173,28 @@ def score_table(page: Page) -> str:
     """Each kind's mean scores in columns, and how to read them; empty where nothing was scored."""
     if not page.legend:
         return ""
-    wide = max(len(row.title) for row in page.rows) + 2
-    head = " " * wide + "".join(f"{score.title:>16}" for score in page.legend.values())
-    lines = [
-        f"{row.title:<{wide}}" + "".join(f"{_number(row.mean(name)):>16}" for name in page.legend) for row in page.rows
-    ]
-    about = [f"{score.title}: {score.about}" for score in page.legend.values()]
-    return "\n".join([head, *lines, *about])
+    rows = [("", *(score.title for score in page.legend.values())), *_means(page)]
+    wide = max(len(row[0]) for row in rows) + 2
+    lines = [f"{row[0]:<{wide}}" + "".join(f"{cell:>16}" for cell in row[1:]) for row in rows]
+    return "\n".join([*lines, *(score.explained for score in page.legend.values())])
+
+
+def _means(page: Page) -> list[tuple[str, ...]]:
+    """Each kind's title and mean scores, then what standing still scores where that is known."""
+    rows = [(row.title, *(_number(row.mean(name)) for name in page.legend)) for row in page.rows]
+    if any(score.still is not None for score in page.legend.values()):
+        still = (math.nan if score.still is None else score.still for score in page.legend.values())
+        rows.append(("a subject that stands still", *map(_number, still)))
+    return rows
 
 
 def _scores(page: Page) -> list[str]:
     if not page.legend:
         return []
-    rows = [(row.title, *(_number(row.mean(name)) for name in page.legend)) for row in page.rows]
-    about = [f"<li>{escape(score.title)}: {escape(score.about)}</li>" for score in page.legend.values()]
+    about = [f"<li>{escape(score.explained)}</li>" for score in page.legend.values()]
     return [
         "<h2>Scores, the mean over clips</h2>",
-        _table(("", *(score.title for score in page.legend.values())), rows),
+        _table(("", *(score.title for score in page.legend.values())), _means(page)),
         f"<ul>\n{chr(10).join(about)}\n</ul>",
     ]
 

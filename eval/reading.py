@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from eval.measures import aligned, placement
 from model import UserError
-from train.world import BACKGROUNDS, COLOURS, WORLD_MOTIONS, WORLD_SHAPES, WORLD_TEXTURES
-from weights import read_checkpoint
+from train.world import BACKGROUNDS, COLOURS, SIZE, WORLD_MOTIONS, WORLD_SHAPES, WORLD_TEXTURES
+from weights import Base, read_checkpoint, sha256
 
 JUDGE = Path(__file__).with_name("judge.safetensors")
 ATTRIBUTES = {
@@ -162,13 +162,37 @@ def read_path(videos: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     return path, change.sum(dim=(2, 3)) / (either.sum(dim=(2, 3)) + 1e-3)
 
 
+def judge_file(path: str | Path | None) -> Path:
+    """The file that `load_judge` reads."""
+    return JUDGE if path is None else Path(path)
+
+
+def digest(path: Path) -> str | None:
+    """What tells a file of weights from others in records of figures: its SHA-256; None where there is none."""
+    return sha256(path) if path.is_file() else None
+
+
+def check_readable(base: Base) -> None:
+    """Before anything is trained or sampled: a base of clips that the judge cannot read is refused.
+
+    Raises:
+        UserError: clips of another size than the rendered world's.
+    """
+    recipe = base.recipe
+    if not recipe.height == recipe.width == SIZE:
+        raise UserError(
+            f"{base.name} makes clips of {recipe.width}x{recipe.height} pixels, and the judge reads {SIZE}x{SIZE}: "
+            "name a base of the rendered world"
+        )
+
+
 def load_judge(path: str | Path | None = None) -> Judge:
     """The judge in `path`, a safetensors file; None: the one that is shipped with the tiny base.
 
     Raises:
         UserError: a file that is missing, damaged or not a judge's.
     """
-    path = JUDGE if path is None else Path(path)
+    path = judge_file(path)
     judge = Judge()
     tensors = {name: tensor.float() for name, tensor in read_checkpoint(path).items()}
     try:

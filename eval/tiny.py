@@ -9,30 +9,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import CLIPModel
 
-from eval.custom import Custom, eight, measure_custom
-from eval.reading import Judge, load_judge, read_clip
+from eval.custom import Custom, measure_custom
+from eval.judge import judge_accuracy, through_vae
+from eval.page import spread
+from eval.reading import Judge, check_readable, digest, judge_file, load_judge, read_clip
 from model import UserError
 from sampling import contact_sheet, derived_seed, sample_videos, write_media
-from train.world import WORLD_MOTIONS, Scenes, caption, random_scenes, render
+from train.tiny_parts import single_frames
+from train.world import WORLD_MOTIONS, caption, random_scenes, render
 from weights import Base, BaseSettings, open_base, parse_settings, read_json, run_command, write_json
 from weights.load import TINY
 
-PARTS = ("vae", "clip", "prompts", "custom", "speed")
+PARTS = ("judge", "vae", "clip", "prompts", "custom", "speed")
 CHOICES = 32  # captions that CLIP picks the right one from
 SHOWN = 16  # of the sampled clips are on contact sheets
 SAMPLED = ("shape", "colour", "texture", "background", "motion")
 
 
 @dataclass(kw_only=True)
-class TinySettings(BaseSettings):
+class FiguresSettings(BaseSettings):
     """What is measured, and how much of it.
 
     Args:
         out: folder for figures.json and contact sheets; parts that are done in it are not measured again.
-        parts: vae, clip, prompts, custom, speed: some or all of them.
+        parts: judge, vae, clip, prompts, custom, speed: some or all of them.
         quick: few frames, prompts and steps: to see that it works, not how well the base does.
         prompts: clips sampled from prompts; not given: 200.
         pairs: of the 25 held-out pairs of a subject and a motion; not given: all.
@@ -56,21 +58,44 @@ class TinySettings(BaseSettings):
 
 
 class Measurement:
-    """Settings, networks (loaded when first asked for) and the figures found so far."""
+    """Settings, networks (loaded when first asked for) and the figures found so far.
 
-    def __init__(self, settings: TinySettings, base: Base | None = None, judge: Judge | None = None) -> None:
+    Args:
+        settings: what is measured.
+        base: one that is loaded already; None loads what the settings name.
+
+    Raises:
+        UserError: settings out of range, a base of another size of clips, or an --out that holds figures of others.
+    """
+
+    def __init__(self, settings: FiguresSettings, base: Base | None = None) -> None:
         if unknown := set(settings.parts) - set(PARTS):
             raise UserError(f"--parts {' '.join(sorted(unknown))}: the parts are {', '.join(PARTS)}")
+        for name in ("batch_size", "prompts", "pairs", "seeds"):
+            asked = getattr(settings, name)
+            if asked is not None and not 1 <= asked <= (25 if name == "pairs" else asked):
+                raise UserError(f"{name} must be {'from 1 to 25' if name == 'pairs' else 'at least 1'}, and is {asked}")
         self.settings, self.folder, self.file = settings, Path(settings.out), Path(settings.out) / "figures.json"
         if base is not None:
             self.base = base
-        if judge is not None:
-            self.judge = judge
+        check_readable(self.base)
         kept = ("quick", "prompts", "pairs", "seeds", "seed")
-        about = {"settings": {name: getattr(settings, name) for name in kept}, "base": self.base.fingerprints}
+        about = {
+            "settings": {name: getattr(settings, name) for name in kept},
+            "base": self.base.fingerprints,
+            "judge": digest(judge_file(settings.judge)),
+            "clip": digest(self.clip_folder / "model.safetensors"),
+        }
         self.figures: dict[str, Any] = read_json(self.file) if self.file.is_file() else about
-        if any(self.figures.get(name) != value for name, value in about.items()):
-            raise UserError(f"{self.file} holds figures of other settings or another base: give --out a new name")
+        if not isinstance(self.figures, dict) or any(self.figures.get(name) != value for name, value in about.items()):
+            raise UserError(
+                f"{self.file} holds figures of other settings, another base, judge or CLIP: give --out a new name"
+            )
+
+    @property
+    def clip_folder(self) -> Path:
+        """Of the CLIP that the text encoder was trained in."""
+        return TINY / "clip" if self.settings.clip is None else Path(self.settings.clip)
 
     @cached_property
     def base(self) -> Base:
@@ -95,20 +120,21 @@ class Measurement:
         write_json(self.file, self.figures)
 
 
-def single_frames(count: int, generator: torch.Generator) -> tuple[Scenes, Tensor, Tensor]:
-    """Scenes of the training world at random moments: frames (n, 3, 64, 64), and masks (n, 1, 64, 64)."""
-    scenes = random_scenes(count, generator, torch.rand((count, 1), generator=generator))
-    frames, masks = render(scenes)
-    return scenes, frames[:, :, 0], masks[:, :, 0]
+def measure_judge(run: Measurement, found: dict[str, Any]) -> None:
+    """How often the judge is right about rendered clips that went through the autoencoder: the error that it brings to
+    the figures of prompts, where nothing else is wrong with a clip.
+    """
+    count = run.size(96, 2)
+    found |= judge_accuracy(run.judge, count, run.settings.seed, lambda videos: through_vae(run.base, videos))
+    found["clips"] = count
 
 
 @torch.no_grad()
 def measure_vae(run: Measurement, found: dict[str, Any]) -> None:
     """PSNR in dB of fresh frames through the autoencoder, of all pixels together and of those inside subjects."""
     count = run.size(512, 16)
-    _, frames, masks = single_frames(count, run.generator("vae"))
-    latents = run.base.vae.encode_latents(frames[:, :, None].to(run.base.device), chunk=32).mean
-    error = (run.base.vae.decode_latents(latents, chunk=32)[:, :, 0].cpu() - frames).square().mean(dim=1, keepdim=True)
+    videos, masks = render(single_frames(count, run.generator("vae")))
+    error = (through_vae(run.base, videos) - videos).square().mean(dim=1, keepdim=True)
     decibels = {"psnr": error.mean(), "psnr_subject": error[masks > 0.5].mean()}
     found |= {name: 10 * math.log10(4 / value.item()) for name, value in decibels.items()}  # the range is 2 wide
     found["frames"] = count
@@ -117,14 +143,15 @@ def measure_vae(run: Measurement, found: dict[str, Any]) -> None:
 @torch.no_grad()
 def measure_clip(run: Measurement, found: dict[str, Any]) -> None:
     """How often CLIP gives a frame its own caption among 32 that all differ; a single frame's motion is left out."""
-    folder = TINY / "clip" if run.settings.clip is None else Path(run.settings.clip)
+    folder = run.clip_folder
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no CLIP: name its folder with --clip")
     clip = CLIPModel.from_pretrained(folder, local_files_only=True).float().eval()
     length = clip.config.text_config.max_position_embeddings
     generator, right, count = run.generator("clip"), 0, run.size(512, CHOICES)
     for _ in range(count // CHOICES):
-        scenes, frames, _ = single_frames(4 * CHOICES, generator)
+        scenes = single_frames(4 * CHOICES, generator)
+        frames = render(scenes)[0][:, :, 0]
         captions = [caption(scenes, i, motion=False) for i in range(len(scenes))]
         firsts = [captions.index(words) for words in dict.fromkeys(captions)][:CHOICES]
         words = [captions[i] for i in firsts]
@@ -150,7 +177,7 @@ def measure_prompts(run: Measurement, found: dict[str, Any]) -> None:
         classes = {name: getattr(seen, name).argmax(dim=1).tolist() for name in SAMPLED}
         answers += [dict(zip(classes, row, strict=True)) for row in zip(*classes.values(), strict=True)]
         if start < SHOWN:
-            sheet = contact_sheet(torch.cat([eight(video) for video in videos]), columns=8)
+            sheet = contact_sheet(torch.cat([spread(video) for video in videos]), columns=8)
             write_media(run.folder / f"prompts-{start:03}.png", sheet[None])
         run.save()
     right = {name: torch.tensor([answer[name] for answer in answers]) == getattr(scenes, name) for name in SAMPLED}
@@ -181,8 +208,6 @@ def measure_held_out(run: Measurement, found: dict[str, Any]) -> None:
         ttt_steps=1 if run.settings.quick else None,
         seed=run.settings.seed,
     )
-    if not 1 <= sizes.pairs <= 25 or sizes.seeds < 1:
-        raise UserError(f"pairs must be from 1 to 25 and seeds at least 1, not {sizes.pairs} and {sizes.seeds}")
     measure_custom(run.base, run.judge, run.folder / "custom", sizes, found, run.save)
 
 
@@ -199,6 +224,7 @@ def measure_speed(run: Measurement, found: dict[str, Any]) -> None:
 
 
 MEASURES: dict[str, Callable[[Measurement, dict[str, Any]], None]] = {
+    "judge": measure_judge,
     "vae": measure_vae,
     "clip": measure_clip,
     "prompts": measure_prompts,
@@ -237,15 +263,15 @@ def table(parts: dict[str, dict[str, Any]]) -> str:
             lines.append(f"{part:8} {arm:24} " + "  ".join(f"{name} {value:.3f}" for name, value in means.items()))
         for which, measures in found.get("differences", {}).items():
             for name, row in measures.items():
-                low, high = row["interval"]
-                lines.append(f"{part:8} {which:24} {name} {row['mean']:+.3f}  [{low:+.3f}, {high:+.3f}]")
+                ends = "" if row["interval"] is None else "  [{:+.3f}, {:+.3f}]".format(*row["interval"])
+                lines.append(f"{part:8} {which:24} {name} {row['mean']:+.3f}{ends}")
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """`python -m eval.tiny`."""
     about = "Measure the figures of the tiny base's model card."
-    run = Measurement(parse_settings(TinySettings, argv, prog="python -m eval.tiny", description=about))
+    run = Measurement(parse_settings(FiguresSettings, argv, prog="python -m eval.tiny", description=about))
     print(table(measure_tiny(run)["parts"]))
 
 

@@ -18,7 +18,7 @@ from weights import Base, placed
 @torch.no_grad()
 def sample_latents(
     base: Base,
-    text: Tensor,
+    text: Tensor | Sequence[Tensor],
     negative: Tensor,
     seeds: Sequence[int],
     *,
@@ -38,7 +38,7 @@ def sample_latents(
 
     Args:
         base: the network and its companions.
-        text: embeddings of the prompts (b, n, d), see `encode`.
+        text: embeddings of the prompts (b, n, d), see `encode`; or nine of them, one a layer.
         negative: embeddings of what guidance keeps away from, (b, n, d).
         seeds: b of them; a seed gives the same noise on any device and in any batch.
         num_frames: frames of a clip; None, here and below, is the base's own number.

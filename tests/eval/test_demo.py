@@ -3,18 +3,18 @@
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
 
 import eval.demo as module
+import eval.reading
 from eval.demo import DemoSettings, demo, main, scores
 from eval.demo_inputs import MOTION_WORD, SUBJECT_WORD, photos, reference_clip
 from eval.demo_plan import make_plan, prompts
-from eval.page import Clip, Page, Row, Score, Step, demo_page, demo_sheet, score_table, spread
-from eval.reading import Judge
+from eval.reading import Judge, read_clip
+from lora import adapter_names
 from model import UserError
 from sampling import read_video
 from train.vocabulary import SPARE_WORDS
@@ -62,6 +62,14 @@ def test_it_leaves_inputs_loras_clips_sheet_and_page(done):
     assert not torch.equal(clips["base"], clips["both"])
 
 
+def test_each_kind_of_clip_is_made_with_its_own_loras(done):
+    out = out_of(done)
+    kept = {kind: json.loads((out / f"clips/{kind}.mp4.settings.json").read_text()) for kind in module.KINDS}
+    loras = {"base": [], "both": [str(out / "appearance"), str(out / "motion")], "ttt": [str(out / "ttt")]}
+    assert {kind: its["lora"] for kind, its in kept.items()} == loras
+    assert all(its["seed"] == [0, 1] and its["prompt"] == ["a zor is dax over the road"] for its in kept.values())
+
+
 def test_the_page_shows_every_file_and_every_step(done):
     page = (out_of(done) / "index.html").read_text(encoding="utf-8")
     shown = set(re.findall(r'src="([^"]*)"', page))
@@ -91,6 +99,10 @@ def test_what_was_stopped_goes_on_to_the_same_result(done, tmp_path, monkeypatch
             demo(stopped)
     seconds = json.loads((tmp_path / "demo" / "demo.json").read_text())["seconds"]
     assert seconds.keys() == {"inputs", "appearance", "motion"}
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "train_motion", lambda *_: pytest.fail("trained"))
+        with pytest.raises(UserError, match="generate: eta must be from 0"):
+            demo(replace(stopped, generate={"eta": 3}))
     demo(stopped)
     first, second = contents(out_of(done)), contents(tmp_path / "demo")
     assert first.keys() == second.keys()
@@ -160,6 +172,45 @@ def test_bad_tables_are_refused(tables, tmp_path):
         make_plan(DemoSettings(out=str(tmp_path / "demo"), **tables))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ttt": {"steps": 0}}, "ttt: steps must be at least 1"),
+        ({"ttt": {"dropout": 1}}, "ttt: rank must be at least 1 and dropout within"),
+        ({"ttt": {"reference_steps": 2000}}, "ttt: reference_steps must be from 1 to 1000"),
+        ({"appearance": {"learning_rate": 5}}, "appearance: steps must be"),
+        ({"appearance": {"layers": [9]}}, "appearance: layer 9 has no spatial transformer"),
+        ({"motion": {"layers": [-1]}}, "motion: layer -1 has no motion module"),
+        ({"motion": {"rank": 0}}, "motion: rank must be at least 1"),
+        ({"motion": {"frame_step": 2}}, "motion: fps, frame_step and start"),
+        ({"generate": {"steps": 5000}}, "generate: 5000 sampling steps"),
+        ({"generate": {"eta": 3}}, "generate: eta must be from 0"),
+        ({"num_frames": 33}, "num_frames must be at most 32"),
+        ({"width": 64}, "rendered square, and not 32 high and 64 wide"),
+    ],
+    ids=str,
+)
+def test_numbers_that_a_step_would_refuse_are_refused_before_any_work(change, message, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "open_base", lambda settings: base)
+    names = [name for name, _ in base.unet.named_modules()]
+    with pytest.raises(UserError, match=re.escape(message)):
+        demo(DemoSettings(out=str(tmp_path / "demo"), **change))
+    assert not (tmp_path / "demo").exists()
+    assert not adapter_names(base.unet)
+    assert [name for name, _ in base.unet.named_modules()] == names
+
+
+@pytest.mark.parametrize(("text", "message"), [(None, "does not exist"), ("judge", "judge.safetensors")])
+def test_scores_that_no_judge_could_give_are_told_before_any_work(base, text, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "open_base", lambda settings: base)
+    monkeypatch.setattr(eval.reading, "JUDGE", tmp_path / "judge.safetensors")
+    if text is not None:
+        (tmp_path / "judge.safetensors").write_text(text)
+    with pytest.raises(UserError, match=message):
+        demo(DemoSettings(out=str(tmp_path / "demo"), height=64, width=64))
+    assert not (tmp_path / "demo").exists()
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match=r"thesis.txt: give --out a new name"):
@@ -197,80 +248,21 @@ def test_every_held_out_subject_and_motion_can_be_rendered(number):
     assert (clip.diff(dim=0).abs().mean(dim=(1, 2, 3)) > 1e-3).all()
 
 
-def test_the_sheet_has_five_rows_of_eight_and_enlarges_by_whole_pixels():
-    pictures = [torch.full((3, 64, 64), -0.5), torch.full((3, 64, 64), 0.5)]
-    clip = torch.linspace(-1, 1, 16).view(16, 1, 1, 1).expand(16, 3, 64, 64)
-    sheet = demo_sheet(pictures, clip, [clip, -clip, clip[:4]])
-    assert sheet.shape == (3, 5 * 130 + 2, 8 * 130 + 2)
-
-    def cell(row, column):
-        top, left = 2 + 130 * row, 2 + 130 * column
-        return sheet[:, top : top + 128, left : left + 128]
-
-    assert (cell(0, 1) == 0.5).all()
-    assert (cell(0, 2) == 1).all()
-    for row, expected in ((1, clip), (2, clip), (3, -clip)):
-        assert torch.equal(torch.stack([cell(row, i)[0, 0, 0] for i in range(8)]), spread(expected)[:, 0, 0, 0])
-    assert (cell(1, 0) == -1).all()
-    assert (cell(1, 7) == 1).all()
-    assert (cell(4, 4) == 1).all()
-    assert demo_sheet(pictures, clip, [clip] * 3).shape == sheet.shape
-    # pictures too large to need it stay as they are
-    assert demo_sheet([torch.zeros(3, 256, 256)], torch.zeros(2, 3, 256, 256), []).shape == (3, 518, 2066)
-
-
 def test_scores_are_of_what_was_rendered_for_the_tiny_base(monkeypatch):
     judge = Judge().eval()  # untrained: what it sees is the same in the same frames
     monkeypatch.setattr(module, "load_judge", lambda: judge)
-    pictures, reference = photos(0, 64, seed=0)[0], reference_clip(0, 4, 64, seed=0)
+    pictures, reference = photos(0, 64, seed=0)[0][:1].repeat(4, 1, 1, 1), reference_clip(0, 4, 64, seed=0)
     videos = {"both": torch.stack([reference, reference.flip(0)]), "ttt": pictures[None]}
     found = scores(DemoSettings(), pictures, reference, videos)
     assert found["path"]["both"][0] == 0
     assert found["path"]["both"][1] > 0
-    assert found["identity"]["ttt"][0] > max(found["identity"]["both"])
+    assert found["identity"]["ttt"] == pytest.approx([1], abs=1e-4)  # four frames that are the photos themselves
+    assert max(found["identity"]["both"]) < 0.95
+    x, y = read_clip(judge, reference.transpose(0, 1)[None]).path[0, :, :2].unbind(1)
+    away, wide = torch.hypot(x - x[0], y - y[0]).mean(), torch.hypot(x.max() - x.min(), y.max() - y.min())
+    assert found["path"]["still"] == pytest.approx([(away / wide).item()])
     assert scores(DemoSettings(images="mine"), pictures, reference, videos).keys() == {"path"}
     assert scores(DemoSettings(video="mine"), pictures, reference, videos).keys() == {"identity"}
     assert scores(DemoSettings(base="sd15"), pictures, reference, videos) == {}
     small = {kind: clips[..., ::2, ::2] for kind, clips in videos.items()}
     assert scores(DemoSettings(), pictures[..., ::2, ::2], reference[..., ::2, ::2], small) == {}
-
-
-class Tags(HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.seen, self.text = [], ""
-
-    def handle_starttag(self, tag, attributes):
-        self.seen.append((tag, dict(attributes)))
-
-    def handle_data(self, data):
-        self.text += data
-
-
-def page(evil):
-    rows = [
-        Row("base", "alone", [Clip(f"{evil}.mp4", 0, {"path": 0.5}), Clip("b.mp4", 1, {"path": 0.7})]),
-        Row(evil, evil, [Clip("c.mp4", 0)]),
-    ]
-    steps = [Step(evil, 12.3, {evil: [evil]})]
-    return Page(evil, evil, evil, evil, [f"{evil}.png"], f"{evil}.mp4", evil, rows, steps, {"path": Score(evil, evil)})
-
-
-def test_nothing_that_is_shown_becomes_html():
-    evil = "\"'><script>alert(1)</script>&amp;"
-    tags, plain = Tags(), Tags()
-    tags.feed(demo_page(page(evil)))
-    plain.feed(demo_page(page("word")))
-    assert [name for name, _ in tags.seen] == [name for name, _ in plain.seen]
-    assert [attributes.keys() for _, attributes in tags.seen] == [attributes.keys() for _, attributes in plain.seen]
-    assert tags.text == plain.text.replace("word", evil)
-    sources = [attributes["src"] for name, attributes in tags.seen if name == "video"]
-    assert sources[0] == "%22%27%3E%3Cscript%3Ealert%281%29%3C/script%3E%26amp%3B.mp4"
-
-
-def test_the_table_holds_means_and_says_how_to_read_them():
-    lines = score_table(page("thing")).splitlines()
-    assert lines[1].split() == ["base", "0.600"]
-    assert lines[2].split() == ["thing", "-"]
-    assert lines[-1] == "thing: thing"
-    assert score_table(replace(page("thing"), legend={})) == ""

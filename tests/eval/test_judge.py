@@ -1,16 +1,18 @@
 """The judge, on random weights and on true masks; paths and likeness by closed forms."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from eval import Judge, bootstrap_interval, identity, load_judge, path_error, read_clip
-from eval.judge import JudgeSettings, mirrored_motions, strange_scenes, train_judge, worn
+from eval import Judge, crossed_interval, identity, load_judge, path_error, read_clip
+from eval.judge import JudgeSettings, clip_tracks, judge_accuracy, mirrored_motions, strange_scenes, train_judge, worn
 from eval.measures import colour_histogram, placement, silhouette_overlap
 from eval.reading import read_path, tracks
 from model import UserError
+from sampling import derived_seed
 from train.world import (
     HELD_OUT_SUBJECTS,
     MOTIONS,
@@ -131,6 +133,49 @@ def test_training_writes_a_judge_that_loads(tmp_path):
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, trained.state_dict()[name])
     assert not loaded.training
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_training_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    sizes = {"steps": 2, "batch_size": 16, "clips": 2, "motion_steps": 2}
+    whole = train_judge(JudgeSettings(out=str(tmp_path / "whole.safetensors"), **sizes))
+    parts = JudgeSettings(out=str(tmp_path / "parts.safetensors"), **sizes)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("eval.judge.clip_tracks", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train_judge(parts)
+    assert not (tmp_path / "parts.safetensors").exists()
+    with pytest.raises(UserError, match="other settings"):
+        train_judge(replace(parts, seed=1))
+    monkeypatch.setattr("eval.judge.strange_scenes", interrupt)  # no step on frames is taken again
+    for name, tensor in train_judge(parts).state_dict().items():
+        assert torch.equal(tensor, whole.state_dict()[name]), name
+
+
+def test_paths_come_from_as_many_clips_as_asked_for():
+    seen, motions = clip_tracks(Judge().eval(), 53, torch.Generator().manual_seed(0))
+    assert len(seen) == len(motions) == 2 * 53
+
+
+def test_accuracy_is_that_of_what_the_judge_is_shown():
+    """Shown black frames alone, it gives one answer to all, and is right where that happens to be the case."""
+    judge, given = Judge().eval(), []
+
+    def blacken(videos):
+        given.append(videos.shape)
+        return torch.full_like(videos, -1)
+
+    found = judge_accuracy(judge, 20, change=blacken)
+    scenes = random_scenes(20, torch.Generator().manual_seed(derived_seed(1, "accuracy")))
+    answer = read_clip(judge, torch.full((1, 3, 16, 64, 64), -1.0))
+    for name in ("shape", "colour", "texture", "background", "motion"):
+        same = getattr(scenes, name) == getattr(answer, name).argmax()
+        assert found[name] == pytest.approx(same.float().mean().item())
+    assert given == [(20, 3, 16, 64, 64), (20, 3, 2, 64, 64)]
 
 
 def test_a_file_of_something_else_is_no_judge(tmp_path):
@@ -163,6 +208,25 @@ def test_path_error_keeps_direction_and_time():
     backwards, late = circle_path(turns=-1.0), circle_path(turns=0.5)
     assert path_error(backwards, circle_path()).item() > 0.3
     assert path_error(late, circle_path()).item() > 0.2
+
+
+def with_size(path, lost=()):
+    """A path with sizes; where the subject is lost it is read in the frame's centre, with size 0."""
+    path = torch.cat([path, torch.full_like(path[..., :1], 0.2)], dim=-1)
+    path[:, list(lost)] = 0
+    return path
+
+
+def test_a_lost_frame_is_as_far_off_as_the_reference_is_wide():
+    for lost in ([5], [5, 6, 15], [0], [0, 1, 2]):
+        found = path_error(with_size(circle_path(0.15, x=0.1), lost), circle_path(0.2)).item()
+        assert found == pytest.approx(len(lost) / 16, abs=1e-6)  # the others match: the first one too, and the scale
+
+
+def test_a_subject_that_is_never_seen_is_worse_than_one_that_stands_still():
+    gone, still_there = (torch.cat([torch.zeros(1, 16, 2), torch.full((1, 16, 1), s)], -1) for s in (0.029, 0.031))
+    assert path_error(gone, circle_path()).item() == 1
+    assert path_error(still_there, circle_path()).item() == path_error(torch.zeros(1, 16, 2), circle_path()).item() < 1
 
 
 def test_histograms_count_pure_colours_in_one_bin():
@@ -198,8 +262,31 @@ def test_identity_knows_a_subject_again():
     assert identity(clip, torch.zeros_like(truth), photos, masks).item() == 0
 
 
-def test_bootstrap_interval_of_a_known_spread():
-    low, high = bootstrap_interval(torch.tensor([0.0, 1.0] * 50))
-    assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.015)
-    assert high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.015)
-    assert bootstrap_interval(torch.full((5,), 2.0)) == (2.0, 2.0)
+SUBJECTS, MOTIONS_OF_PAIRS = zip(*((i, j) for i in range(5) for j in range(5)), strict=True)
+
+
+@pytest.mark.parametrize(("subjects", "motions"), [(SUBJECTS, MOTIONS_OF_PAIRS), (range(5), range(5))])
+def test_intervals_hold_the_truth_where_pairs_share_subjects_and_motions(subjects, motions):
+    """Effects of subjects and of motions add up. Pairs taken for independent would hold the truth half the time."""
+    generator, held, trials = torch.Generator().manual_seed(0), 0, 300
+    for _ in range(trials):
+        by_subject, by_motion = torch.randn(2, 5, generator=generator)
+        values = by_subject[list(subjects)] + by_motion[list(motions)]
+        values += 0.3 * torch.randn(len(values), generator=generator)
+        low, high = crossed_interval(values, list(subjects), list(motions), draws=400)
+        held += low <= 0 <= high
+    assert held / trials >= 0.8
+
+
+def test_intervals_of_a_table_are_means_over_rows_and_columns_drawn_anew():
+    table = torch.randn(5, 5)
+    i, j = torch.randint(5, (2, 20000, 5))
+    expected = table[i[:, :, None], j[:, None, :]].mean(dim=(1, 2)).quantile(torch.tensor([0.025, 0.975]))
+    found = crossed_interval(table.flatten(), SUBJECTS, MOTIONS_OF_PAIRS)
+    assert found == pytest.approx(expected.tolist(), abs=0.03)
+
+
+def test_pairs_that_agree_have_an_interval_of_one_point_and_one_pair_has_none():
+    assert crossed_interval(torch.full((25,), 2.0), SUBJECTS, MOTIONS_OF_PAIRS) == (2.0, 2.0)
+    assert crossed_interval(torch.full((2,), 2.0), [0, 1], [3, 4]) == (2.0, 2.0)
+    assert crossed_interval(torch.ones(1), [0], [0]) is None

@@ -1,106 +1,23 @@
-"""The model card's figures and prompt influence, on a narrow random base: what is computed, not how well it does."""
+"""The model card's figures on a narrow random base: what is computed, not how well it does."""
 
+import math
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from eval import Judge, read_clip
-from eval.custom import ARMS, pair, pair_prompt, reference, reference_prompt, subject_prompt, summary
+from eval import Judge
+from eval.custom import ARMS, STILL, pair, pair_prompt, reference, reference_prompt, subject_prompt, summary
 from eval.demo_inputs import photos
-from eval.layers import KINDS, LayersSettings, injected_videos, measure_layers, prompt_pairs, scores, text_layers
-from eval.tiny import Measurement, TinySettings, confusion, measure_tiny
+from eval.tiny import PARTS, FiguresSettings, Measurement, confusion, measure_tiny, table
 from model import UserError
-from sampling import sample_videos
+from sampling.generate import loaded_loras
 from train.vocabulary import words
-from train.world import WORLD_MOTIONS, WORLD_SHAPES, caption
-from weights import read_json
-
-PROMPTS, OTHERS, SEEDS = ["a red star", "a blue heart"], ["a green moon", "a white cross"], [3, 4]
-
-
-@pytest.fixture
-def judge():
-    return Judge().eval()
-
-
-@pytest.fixture
-def small(base):
-    """The narrow base with clips as small as the judge reads."""
-    base.recipe = replace(base.recipe, num_frames=2, height=64, width=64)
-    return base
-
-
-def clips(base, layers, others=OTHERS):
-    return injected_videos(base, PROMPTS, others, layers, SEEDS, 3, 7.0)
-
-
-def test_the_same_words_change_nothing(base):
-    assert torch.equal(clips(base, [0, 2, 6], PROMPTS), clips(base, []))
-
-
-def test_no_layer_injected_is_the_sampler(base):
-    expected = sample_videos(base, PROMPTS, SEEDS, steps=3, guidance_scale=7.0)
-    torch.testing.assert_close(clips(base, []), expected, atol=1e-5, rtol=0)
-
-
-def test_all_layers_injected_is_the_other_prompt(base):
-    expected = sample_videos(base, OTHERS, SEEDS, steps=3, guidance_scale=7.0)
-    torch.testing.assert_close(clips(base, text_layers(base.unet)), expected, atol=1e-5, rtol=0)
-
-
-def test_layers_3_and_5_have_no_text(base):
-    assert text_layers(base.unet) == [0, 1, 2, 4, 6, 7, 8]
-    assert torch.equal(clips(base, [3, 5]), clips(base, []))
-    assert not torch.equal(clips(base, [6]), clips(base, []))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_pairs_differ_in_their_kind_alone(kind):
-    first, second = prompt_pairs(kind, 30, seed=0)
-    assert len(first) == len(second) == 30
-    for name in ("shape", "colour", "texture", "motion"):
-        assert ((getattr(first, name) == getattr(second, name)) == (name not in KINDS[kind])).all()
-    assert torch.equal(first.background, second.background)
-    if kind == "motion":
-        round_ = second.shape == WORLD_SHAPES.index("circle")
-        assert not (second.motion[round_] == WORLD_MOTIONS.index("spinning")).any()
-
-
-def test_influence_goes_on_where_it_stopped(base, judge, tmp_path, monkeypatch):
-    sampled = []
-
-    def sample(base, prompts, others, layers, *options):
-        sampled.append(tuple(layers))
-        if len(sampled) == 20:
-            raise KeyboardInterrupt
-        return torch.zeros(len(prompts), 2, 3, 64, 64)
-
-    monkeypatch.setattr("eval.layers.injected_videos", sample)
-    settings = LayersSettings(out=str(tmp_path / "layers.json"), pairs=2, combined=[6])
-    with pytest.raises(KeyboardInterrupt):
-        measure_layers(settings, base, judge)
-    found = measure_layers(settings, base, judge)
-    rows = ["none", "0", "1", "2", "4", "6", "7", "8", *(f"6+{i}" for i in (0, 1, 2, 4, 7, 8)), "all"]
-    assert {kind: list(found[kind]) for kind in found} == {"subject": rows, "motion": rows}
-    assert len(sampled) == 2 * len(rows) + 1  # the one that was cut off, again
-    assert sampled[:4] == [(), (0,), (1,), (2,)]
-    assert sampled[-1] == (0, 1, 2, 4, 6, 7, 8)
-    with pytest.raises(UserError, match="other settings"):
-        measure_layers(replace(settings, seed=1), base, judge)
-    with pytest.raises(UserError, match="layers with text"):
-        measure_layers(replace(settings, combined=[3], out=str(tmp_path / "other.json")), base, judge)
-
-
-def test_a_clip_is_scored_by_the_second_prompt(judge):
-    first, second = prompt_pairs("subject", 4, seed=0)
-    reading = read_clip(judge, torch.zeros(4, 3, 2, 64, 64))
-    classes = {"shape": 7, "colour": 8, "texture": 4}
-    one_hot = {name: torch.eye(count)[getattr(second, name)] for name, count in classes.items()}
-    one_hot["colour"][1:] = torch.eye(8)[first.colour[1:]]
-    found = scores(replace(reading, **one_hot), second, "subject")
-    assert found == {"shape": [True] * 4, "colour": [True, False, False, False], "texture": [True] * 4}
+from train.world import BACKGROUNDS, COLOURS, HELD_OUT_SUBJECTS
+from weights import load_base, read_json, sha256
 
 
 def test_every_five_pairs_hold_each_subject_and_motion():
@@ -123,17 +40,34 @@ def test_photos_show_the_subject_alone():
     assert frames.shape == (4, 3, 64, 64)
     assert masks.shape == (4, 1, 64, 64)
     assert (masks.mean(dim=(1, 2, 3)) > 0.02).all()
+    first, second = (torch.tensor(COLOURS[name])[:, None] for name in HELD_OUT_SUBJECTS[2][2:])
+    grounds = set()
+    for frame, mask in zip((frames + 1) / 2, masks[:, 0], strict=True):
+        inside, outside = frame[:, mask > 0.99], frame[:, mask == 0]
+        share = ((inside - first) * (second - first)).sum(dim=0) / (second - first).square().sum()
+        torch.testing.assert_close(inside, first + share.clamp(0, 1) * (second - first), atol=0.01, rtol=0)
+        # no trail, no other subject: beyond the outline lies one ground, but for its own waves and shades
+        off = {name: (outside - torch.tensor(c)[:, None]).abs().max().item() for name, c in BACKGROUNDS.items()}
+        grounds.add(min(off, key=off.get))
+        assert min(off.values()) < 0.25
+    assert len(grounds) == 4
 
 
 def test_differences_are_taken_pair_by_pair():
     scores = {arm: {"identity": [0.1 * i, 0.1 * i], "path_error": [0.5, 0.7]} for i, arm in enumerate(ARMS)}
     shifted = {arm: {"identity": [v + 0.3 for v in s["identity"]], "path_error": [0.2]} for arm, s in scores.items()}
+    scores[STILL], shifted[STILL] = {"path_error": [0.4]}, {"path_error": [0.5]}
     found = summary({"0-0": scores, "1-1": shifted})
     assert found["means"]["both"]["identity"] == pytest.approx(0.45)
     assert found["means"]["base"]["path_error"] == pytest.approx(0.4)
     row = found["differences"]["both+ttt - base"]["identity"]
     assert row["mean"] == pytest.approx(0.4)
     assert row["interval"] == pytest.approx((0.4, 0.4))  # the pairs' own levels cancel
+    assert found["means"][STILL] == {"path_error": pytest.approx(0.45)}
+    assert "standing still           path_error 0.450" in table({"custom": found})
+    alone = summary({"0-0": scores})
+    assert alone["differences"]["both+ttt - base"]["identity"]["interval"] is None
+    assert "both+ttt - base          identity +0.400\n" in table({"custom": alone})
 
 
 def test_confusion_counts_what_was_seen():
@@ -144,32 +78,64 @@ def test_confusion_counts_what_was_seen():
 
 
 def test_figures_are_measured_once(small, judge, tmp_path):
-    settings = TinySettings(out=str(tmp_path), parts=["vae", "prompts"], quick=True, batch_size=1)
-    found = measure_tiny(Measurement(settings, small, judge))["parts"]
+    settings = FiguresSettings(out=str(tmp_path), parts=["vae", "prompts"], quick=True, batch_size=1, judge=judge)
+    figures = measure_tiny(Measurement(settings, small))
+    found = figures["parts"]
+    assert figures["judge"] == sha256(judge)
     assert set(found) == {"vae", "prompts"}
     assert found["vae"]["frames"] == 16
     assert found["prompts"]["clips"] == len(found["prompts"]["answers"]) == 2
     assert (tmp_path / "prompts-000.png").is_file()
     assert read_json(tmp_path / "figures.json")["parts"] == found
     small.vae = None  # nothing is measured again
-    assert measure_tiny(Measurement(settings, small, judge))["parts"] == found
+    assert measure_tiny(Measurement(settings, small))["parts"] == found
     with pytest.raises(UserError, match="other settings"):
-        Measurement(replace(settings, seed=1), small, judge)
+        Measurement(replace(settings, seed=1), small)
 
 
-def test_psnr_is_that_of_the_pixels(small, judge, tmp_path, monkeypatch):
+def test_figures_of_two_judges_or_clips_are_not_mixed(small, judge, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    settings = FiguresSettings(out=str(tmp_path), parts=[], judge=judge, clip=str(tmp_path))
+    Measurement(settings, small).save()
+    Measurement(settings, small)
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    with pytest.raises(UserError, match="judge or CLIP"):
+        Measurement(settings, small)
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    save_file(Judge().state_dict(), judge)
+    with pytest.raises(UserError, match="judge or CLIP"):
+        Measurement(settings, small)
+    (tmp_path / "figures.json").write_text("[]")
+    with pytest.raises(UserError, match="judge or CLIP"):
+        Measurement(settings, small)
+
+
+def test_psnr_is_that_of_the_pixels(small, judge, tmp_path):
     class Offset(type(small.vae)):
-        def encode_latents(self, videos, chunk):
-            self.seen = videos
-            return type("Latents", (), {"mean": videos})
+        def encode_latents(self, videos):
+            return SimpleNamespace(mean=videos, std=videos)
 
-        def decode_latents(self, latents, chunk):
+        def decode_latents(self, latents):
             return latents + 0.02
 
     small.vae.__class__ = Offset
-    found = measure_tiny(Measurement(TinySettings(out=str(tmp_path), parts=["vae"], quick=True), small, judge))
+    found = measure_tiny(Measurement(FiguresSettings(out=str(tmp_path), parts=["vae"], quick=True), small))
     assert found["parts"]["vae"]["psnr"] == pytest.approx(40, abs=0.01)  # 20 log10(2 / 0.02)
     assert found["parts"]["vae"]["psnr_subject"] == pytest.approx(40, abs=0.01)
+
+
+def test_a_base_in_half_precision_is_measured_as_well(small, judge, files, tmp_path):
+    """On a GPU the UNet is in bfloat16 and the autoencoder in float32; what it does to frames must not change."""
+    half = load_base(files.folder, files.adapter, device="cpu", dtype=torch.bfloat16)
+    half.recipe = replace(small.recipe, sampling_steps=1)
+    assert (half.dtype, half.vae.dtype) == (torch.bfloat16, torch.float32)
+    settings = FiguresSettings(out=str(tmp_path / "half"), parts=["judge", "vae", "prompts"], quick=True, judge=judge)
+    found = measure_tiny(Measurement(settings, half))["parts"]
+    whole = replace(settings, out=str(tmp_path / "whole"), parts=["judge", "vae"])
+    expected = measure_tiny(Measurement(whole, small))["parts"]
+    assert found["vae"] == pytest.approx(expected["vae"], rel=1e-4)
+    assert found["judge"] == pytest.approx(expected["judge"], rel=1e-3)
+    assert found["prompts"]["clips"] == found["judge"]["clips"] == 2
 
 
 def test_clip_chooses_among_captions_that_all_differ(small, judge, tmp_path, monkeypatch):
@@ -191,25 +157,56 @@ def test_clip_chooses_among_captions_that_all_differ(small, judge, tmp_path, mon
 
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr("eval.tiny.CLIPModel.from_pretrained", lambda folder, local_files_only: Clip())
-    settings = TinySettings(out=str(tmp_path), parts=["clip"], quick=True, clip=str(tmp_path))
-    found = measure_tiny(Measurement(settings, small, judge))["parts"]["clip"]
+    settings = FiguresSettings(out=str(tmp_path), parts=["clip"], quick=True, clip=str(tmp_path))
+    found = measure_tiny(Measurement(settings, small))["parts"]["clip"]
     assert found["image_to_caption"] == 31 / 32
 
 
-def test_customisation_goes_through_all_arms(small, judge, tmp_path):
-    settings = TinySettings(out=str(tmp_path), parts=["custom"], quick=True, pairs=1, seeds=1)
+def test_customisation_goes_through_all_arms(small, judge, tmp_path, monkeypatch):
+    loaded = []
+
+    @contextmanager
+    def recorded(base, loras):
+        loaded.append(loras)
+        with loaded_loras(base, loras):
+            yield
+
+    monkeypatch.setattr("eval.custom.loaded_loras", recorded)
+    settings = FiguresSettings(out=str(tmp_path), parts=["custom"], quick=True, pairs=1, seeds=1, judge=judge)
     small.recipe = replace(small.recipe, sampling_steps=1, reference_steps=1)
-    found = measure_tiny(Measurement(settings, small, judge))["parts"]["custom"]
+    found = measure_tiny(Measurement(settings, small))["parts"]["custom"]
+    looks, moves, both = (str(tmp_path / "custom" / name) for name in ("appearance-0", "motion-0", "ttt-0-0"))
+    assert loaded == [[], [looks], [moves], [looks, moves], [both]]
+    assert ARMS == ("base", "appearance", "motion", "both", "both+ttt")
     assert list(found["pairs"]) == ["0-0"]
-    assert list(found["pairs"]["0-0"]) == list(ARMS)
+    scores = found["pairs"]["0-0"]
+    assert list(scores) == [*ARMS, STILL]
+    for arm in ARMS:
+        assert set(scores[arm]) == set(found["means"][arm]) == {"identity", "path_error", "background", "seen"}
+        assert all(len(numbers) == 1 and math.isfinite(numbers[0]) for numbers in scores[arm].values())
     assert (tmp_path / "custom" / "pair-0-0.png").is_file()
 
 
-def test_an_unknown_part_is_refused(small, judge, tmp_path):
-    with pytest.raises(UserError, match="parts are vae, clip"):
-        Measurement(TinySettings(out=str(tmp_path), parts=["sound"]), small, judge)
+def test_the_judge_comes_first():
+    assert PARTS == ("judge", "vae", "clip", "prompts", "custom", "speed")
 
 
-def test_captions_of_pairs_differ():
-    first, second = prompt_pairs("motion", 5, seed=1)
-    assert all(caption(first, i) != caption(second, i) for i in range(5))
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"parts": ["sound"]}, "parts are judge, vae"),
+        ({"batch_size": 0}, "batch_size must be at least 1, and is 0"),
+        ({"prompts": 0}, "prompts must be at least 1, and is 0"),
+        ({"seeds": -1}, "seeds must be at least 1, and is -1"),
+        ({"pairs": 0}, "pairs must be from 1 to 25, and is 0"),
+        ({"pairs": 26}, "pairs must be from 1 to 25, and is 26"),
+    ],
+)
+def test_settings_out_of_range_are_refused(small, tmp_path, wrong, words):
+    with pytest.raises(UserError, match=words):
+        Measurement(FiguresSettings(out=str(tmp_path), **wrong), small)
+
+
+def test_clips_that_the_judge_cannot_read_are_refused_at_once(base, tmp_path):
+    with pytest.raises(UserError, match="32x32 pixels"):
+        Measurement(FiguresSettings(out=str(tmp_path)), base)

@@ -82,10 +82,10 @@ class TinySettings:
     start: str | None = None
     device: str | None = None
     seed: int = 0
-    clip_steps: int = 900
-    vae_steps: int = 1800
-    image_steps: int = 10000
-    video_steps: int = 5000
+    clip_steps: int = 1800
+    vae_steps: int = 4600
+    image_steps: int = 15000
+    video_steps: int = 8000
     frames: int = 24576
     clips: int = 2048
 

@@ -77,6 +77,16 @@ WORLD_TEXTURES = tuple(name for name in TEXTURES if name not in HELD_OUT_TEXTURE
 REACH = 1.6  # a table of distances reaches from -REACH to REACH
 
 
+# Subjects for photos: shape, texture, first and second colour. None of the shapes or textures has a word.
+HELD_OUT_SUBJECTS = (
+    ("arrow", "halved", "red", "yellow"),
+    ("gear", "quartered", "purple", "white"),
+    ("drop", "banded", "orange", "blue"),
+    ("hourglass", "halved", "pink", "green"),
+    ("house", "banded", "white", "red"),
+)
+
+
 @cache
 def distance_tables(cells: int = 97) -> Tensor:
     """Signed distances to each outline, negative inside: (shapes, 1, cells, cells)."""

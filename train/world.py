@@ -16,6 +16,7 @@ from torch import Tensor
 from train.motions import HELD_OUT_MOTIONS, MOTIONS, WORLD_MOTIONS
 from train.shapes import (
     HELD_OUT_SHAPES,
+    HELD_OUT_SUBJECTS,
     HELD_OUT_TEXTURES,
     REACH,
     SHAPES,
@@ -90,16 +91,6 @@ UNSEEN = {
     ("blue", "sea"),
     ("purple", "night"),
 }
-
-
-# Subjects for photos: shape, texture, first and second colour. None of the shapes or textures has a word.
-HELD_OUT_SUBJECTS = (
-    ("arrow", "halved", "red", "yellow"),
-    ("gear", "quartered", "purple", "white"),
-    ("drop", "banded", "orange", "blue"),
-    ("hourglass", "halved", "pink", "green"),
-    ("house", "banded", "white", "red"),
-)
 
 TRAIL = 6  # puffs in a trail
 TRAIL_STEP = 0.1  # clips from one puff to the next

@@ -94,7 +94,9 @@ def test_the_recipe_goes_on_from_a_finished_base(tmp_path, run):
         distance = sum((old[k].float() - new[k].float()).square().sum() for k in old)
         size = sum(old[k].float().square().sum() for k in old)
         assert 0 < distance < 1e-3 * size
-    image, video = (torch.load(tmp_path / "more" / stage / "state.pt")["network"] for stage in ("image", "video"))
+    image, video = (
+        torch.load(tmp_path / "more" / stage / "state.pt", weights_only=True)["network"] for stage in ("image", "video")
+    )
     kept = [name for name in image if not name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))]
     assert all(torch.equal(image[name], video[name]) for name in kept)
 
@@ -149,7 +151,7 @@ def test_a_stage_whose_state_was_deleted_is_trained_and_kept_again(tmp_path):
     (tmp_path / "state.pt").unlink()
     again, loss = quadratic(0)
     pretrain(again, loss, tmp_path, steps=3, learning_rate=0.1)
-    assert torch.equal(torch.load(tmp_path / "state.pt")["network"]["weight"], first.weight)
+    assert torch.equal(torch.load(tmp_path / "state.pt", weights_only=True)["network"]["weight"], first.weight)
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(tmp_path):

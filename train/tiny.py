@@ -26,7 +26,7 @@ from model import (
     UserError,
 )
 from sampling import derived_seed
-from train.losses import min_snr
+from train.losses import noise_weights
 from train.pretrain import pretrain
 from train.tiny_parts import (
     LENGTH,
@@ -35,18 +35,21 @@ from train.tiny_parts import (
     Network,
     clip_config,
     encoded,
+    keep_settings,
     load_trained,
     measured_scale,
     random_captions,
     single_frames,
+    spoken_tokens,
     tokens_of,
     trained_clip,
     trained_text,
     trained_vae,
+    word_loss,
 )
 from train.vocabulary import write_tokenizer
 from train.world import NUM_FRAMES, SIZE, random_scenes, render
-from weights import load_base, parse_settings, read_json, run_command, write_json
+from weights import load_base, parse_settings, run_command, write_json
 from weights.device import choose_device
 from weights.load import TINY as TINY_FOLDER
 from weights.save import save_base
@@ -55,7 +58,6 @@ INSIDE = 6.0  # a pixel inside the subject counts so much more than one of the b
 KL = 3e-4  # of the KL divergence per latent, against the error per pixel
 RECIPE = Recipe(num_frames=NUM_FRAMES, height=SIZE, width=SIZE)
 
-SETTINGS = "settings.json"
 BUILDS_ON = {"image": ("clip", "vae"), "video": ("clip", "vae", "image")}
 
 
@@ -117,19 +119,28 @@ def train_tiny(settings: TinySettings) -> Path:
 
 
 def train_clip(out: Path, settings: TinySettings) -> None:
-    """Frames and captions, matched within batches of 96 (CLIP, section 2.3)."""
+    """Frames and captions, matched within batches of 96 (CLIP, section 2.3), and captions kept word by word.
+
+    In a batch hardly two captions differ in one word alone. Matching so has no use for left and right, or circle and
+    square, and its text states of them come to be nearly the same: a UNet that reads those cannot tell them apart.
+    """
     size = write_tokenizer(out / "tokenizer", LENGTH)
     torch.manual_seed(derived_seed(settings.seed, "clip"))
     clip = _start(CLIPModel(clip_config(size)), settings, "clip").to(choose_device(settings.device))
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer", local_files_only=True)
+    table = clip.text_model.embeddings.token_embedding.weight
+    spoken = spoken_tokens(tokenizer).to(clip.device)
 
     def loss(generator: torch.Generator) -> dict[str, Tensor]:
         scenes = single_frames(96, generator)
         frames, _ = render(scenes)
-        tokens = tokens_of(tokenizer, random_captions(scenes, generator))
-        logits = clip(tokens.to(clip.device), frames[:, :, 0].to(clip.device)).logits_per_text
-        match = torch.arange(len(logits), device=clip.device)
-        return {"contrast": (F.cross_entropy(logits, match) + F.cross_entropy(logits.T, match)) / 2}
+        tokens = tokens_of(tokenizer, random_captions(scenes, generator)).to(clip.device)
+        seen = clip(tokens, frames[:, :, 0].to(clip.device))
+        logits, match = seen.logits_per_text, torch.arange(len(tokens), device=clip.device)
+        return {
+            "contrast": (F.cross_entropy(logits, match) + F.cross_entropy(logits.T, match)) / 2,
+            "words": word_loss(seen.text_model_output.last_hidden_state, tokens, table, spoken),
+        }
 
     pretrain(
         clip,
@@ -234,7 +245,7 @@ def _train_unet(
         noisy = schedule.add_noise(clean, noise, timesteps)
         prediction = unet(noisy, timesteps.to(device), embedded, motion=clips)
         error = (prediction - noise).square().flatten(1).mean(dim=1)
-        return {"noise": (min_snr(schedule, timesteps).to(device) * error).mean()}
+        return {"noise": (noise_weights(schedule, timesteps).to(device) * error).mean()}
 
     pretrain(unet, loss, out / stage, steps=steps, learning_rate=1e-3, seed=settings.seed, trained=trained)
 
@@ -274,20 +285,7 @@ def _begin(out: Path, settings: TinySettings) -> None:
         raise UserError(f"{', '.join(low)} must be at least 1")
     if settings.start is not None and not (_folder(settings.start) / "clip" / "config.json").is_file():
         raise UserError(f"{settings.start} is no tiny base: it has no clip/ folder")
-    file = out / SETTINGS
-    if (
-        out.exists()
-        and not file.is_file()
-        and any(path for path in out.iterdir() if not path.name.startswith(".writing-"))
-    ):
-        raise UserError(f"{out} is no folder of this recipe and is not empty: give --out a new name")
-    before = read_json(file) if file.is_file() else record
-    if not isinstance(before, dict):
-        raise UserError(f"{file} is damaged: delete it, and give the settings that {out} was begun with")
-    changed = [f"{k} ({before.get(k)} there, {v} now)" for k, v in record.items() if v != before.get(k)]
-    if changed:
-        raise UserError(f"{out} was begun with other settings: {', '.join(changed)}. Give --out a new name")
-    write_json(file, record)
+    keep_settings(out, record)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

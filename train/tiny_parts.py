@@ -2,22 +2,25 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from model import AutoencoderKL, LatentDistribution, TextConfig, TextEncoder, UserError, VAEConfig
 from train.pretrain import DONE
+from train.vocabulary import SPARE_WORDS, words
 from train.world import SIZE, Scenes, caption, random_scenes, render
-from weights import atomic_write, read_json
+from weights import atomic_write, read_json, write_json
 from weights.files import container_of
 from weights.unpickle import load_torch
 
 Network = TypeVar("Network", bound=nn.Module)
 
+SETTINGS = "settings.json"
 SCALE = "scale.json"  # the latents' scaling factor, in the folder of the vae stage
 LENGTH = 24  # tokens of a prompt: the world's longest caption has 13
 VAE = VAEConfig(block_out_channels=(16, 32, 64, 96), norm_num_groups=8)
@@ -47,6 +50,24 @@ def clip_config(vocab_size: int) -> CLIPConfig:
     )
 
 
+def keep_settings(out: Path, record: dict[str, Any]) -> None:
+    """Write down what the run in `out` was begun with; UserError if it was begun with something else."""
+    file = out / SETTINGS
+    if (
+        out.exists()
+        and not file.is_file()
+        and any(path for path in out.iterdir() if not path.name.startswith(".writing-"))
+    ):
+        raise UserError(f"{out} is no folder of this recipe and is not empty: give --out a new name")
+    before = read_json(file) if file.is_file() else record
+    if not isinstance(before, dict):
+        raise UserError(f"{file} is damaged: delete it, and give the settings that {out} was begun with")
+    changed = [f"{k} ({before.get(k)} there, {v} now)" for k, v in record.items() if v != before.get(k)]
+    if changed:
+        raise UserError(f"{out} was begun with other settings: {', '.join(changed)}. Give --out a new name")
+    write_json(file, record)
+
+
 def single_frames(count: int, generator: torch.Generator) -> Scenes:
     """Scenes of one frame each, at any moment of a clip."""
     return random_scenes(count, generator, torch.rand((count, 1), generator=generator))
@@ -66,6 +87,29 @@ def tokens_of(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
     return tokenizer(prompts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")[
         "input_ids"
     ]
+
+
+def spoken_tokens(tokenizer: CLIPTokenizer) -> Tensor:
+    """The token numbers of the words that captions are made of."""
+    return torch.tensor([tokenizer(word)["input_ids"][1] for word in words() if word not in SPARE_WORDS])
+
+
+def word_loss(states: Tensor, tokens: Tensor, table: Tensor, spoken: Tensor) -> Tensor:
+    """How badly each token's text state tells the words up to it.
+
+    Args:
+        states: (b, n, d), the text encoder's last.
+        tokens: (b, n) token numbers; the first is the start token, the second a word.
+        table: (vocabulary, d), the embeddings of the tokens, by which the states are read.
+        spoken: numbers of the tokens that are told apart.
+
+    Returns:
+        The mean Kullback-Leibler divergence of softmax(states @ table) from equal shares of the words so far.
+    """
+    told = (tokens[:, :, None] == spoken).cumsum(dim=1)[:, 1:].clamp(max=1).float()
+    shares = told / told.sum(dim=2, keepdim=True)
+    read = F.log_softmax(states[:, 1:] @ table[spoken].T, dim=2)
+    return F.kl_div(read, shares, reduction="none").sum(dim=2).mean()
 
 
 def load_trained(folder: Path, network: Network) -> Network:

@@ -95,26 +95,22 @@ class TinySettings:
 def train_tiny(settings: TinySettings) -> Path:
     """Run the stages that `settings.stage` names and, after the last one, write the base.
 
-    Returns the folder of the base. Raises UserError for an --out of another run, a stage whose forerunners are not
-    done, or a loss that is not finite; KeyboardInterrupt where the run was stopped: the same command goes on.
+    Returns the folder of the base, or of the single stage. Raises UserError for an --out of another run, a stage whose
+    forerunners are not done, or a loss that is not finite; KeyboardInterrupt where the run was stopped: the same
+    command goes on.
     """
     out = Path(settings.out)
     _begin(out, settings)
-    stages = {
-        "clip": train_clip,
-        "vae": train_vae,
-        "image": train_image,
-        "video": train_video,
-    }
+    stages = {"clip": train_clip, "vae": train_vae, "image": train_image, "video": train_video}
     for name, stage in stages.items():
         if settings.stage in ("all", name):
             _check_order(out, name)
             (out / name).mkdir(exist_ok=True)
             stage(out, settings)
-    if settings.stage in ("all", "video"):
-        vae = trained_vae(out)
-        video = load_trained(out / "video", UNet3D(TINY))
-        save_base(out / "base", video, vae, trained_text(out), out / "tokenizer", RECIPE, clip=trained_clip(out))
+    if settings.stage not in ("all", "video"):
+        return out / settings.stage
+    unet, clip = load_trained(out / "video", UNet3D(TINY)), trained_clip(out)
+    save_base(out / "base", unet, trained_vae(out), trained_text(out), out / "tokenizer", RECIPE, clip=clip)
     return out / "base"
 
 
@@ -126,7 +122,10 @@ def train_clip(out: Path, settings: TinySettings) -> None:
     """
     size = write_tokenizer(out / "tokenizer", LENGTH)
     torch.manual_seed(derived_seed(settings.seed, "clip"))
-    clip = _start(CLIPModel(clip_config(size)), settings, "clip").to(choose_device(settings.device))
+    clip = CLIPModel(clip_config(size))
+    # drawn as small as CLIP does, words that matching has no use for stay as near each other as they begin
+    nn.init.normal_(clip.text_model.embeddings.token_embedding.weight, std=clip.config.text_config.hidden_size**-0.5)
+    clip = _start(clip, settings, "clip").to(choose_device(settings.device))
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer", local_files_only=True)
     table = clip.text_model.embeddings.token_embedding.weight
     spoken = spoken_tokens(tokenizer).to(clip.device)

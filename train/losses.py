@@ -40,14 +40,14 @@ def motion_loss(prediction: Tensor, target: Tensor, generator: torch.Generator, 
     return loss + debiased_loss(prediction, target, anchor)
 
 
-def noise_weights(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
-    """Weights (b,) of the noise's error at `timesteps`: min(SNR, 5) / SNR / sqrt(alpha), alpha being alphas_cumprod.
+def noise_weights(schedule: NoiseSchedule, timesteps: Tensor, power: float) -> Tensor:
+    """Weights (b,) of the noise's error at `timesteps`: min(SNR, 5) / SNR / alpha ** power, alpha being alphas_cumprod.
 
     The first part is Hang et al. 2023, section 3.4: left alone, the many steps with little noise, where only details
-    are at stake, would have most of the say. The root brings the others' losses to like size, as measured on the tiny
-    base (0.047 at timestep 300, 0.0027 at 900): the noisiest steps, whose loss is small since nearly all of their
-    input is the noise that is asked for, decide on places and ways.
+    are at stake, would have most of the say. The second raises the noisiest, whose loss is small since nearly all of
+    their input is the noise that is asked for, and which decide on places and ways: a power of 0.5 brings all losses to
+    like size (measured on the tiny base: 0.047 at timestep 300, 0.0027 at 900), 1 is the weight of v-prediction.
     """
     alpha = schedule.alphas_cumprod[timesteps]
     snr = alpha / (1 - alpha)
-    return snr.clamp(max=SNR_CAP) / snr / alpha.sqrt()
+    return snr.clamp(max=SNR_CAP) / snr / alpha**power

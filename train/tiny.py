@@ -56,6 +56,9 @@ from weights.save import save_base
 
 INSIDE = 6.0  # a pixel inside the subject counts so much more than one of the background
 KL = 3e-4  # of the KL divergence per latent, against the error per pixel
+# Timesteps are 1000 u ** skew, u even in [0, 1); the second number is noise_weights' power. Where a subject goes is
+# decided where nearly all is noise: with the image stage's numbers 2,500 steps of clips did not tell left from right.
+FOCUS = {"image": (1.0, 0.5), "video": (1 / 3, 1.0)}
 RECIPE = Recipe(num_frames=NUM_FRAMES, height=SIZE, width=SIZE)
 
 BUILDS_ON = {"image": ("clip", "vae"), "video": ("clip", "vae", "image")}
@@ -96,8 +99,7 @@ def train_tiny(settings: TinySettings) -> Path:
     """Run the stages that `settings.stage` names and, after the last one, write the base.
 
     Returns the folder of the base, or of the single stage. Raises UserError for an --out of another run, a stage whose
-    forerunners are not done, or a loss that is not finite; KeyboardInterrupt where the run was stopped: the same
-    command goes on.
+    forerunners are not done, or a loss that is not finite; KeyboardInterrupt where it was stopped: it can go on.
     """
     out = Path(settings.out)
     _begin(out, settings)
@@ -226,7 +228,7 @@ def _train_unet(
     text, schedule = trained_text(out).to(device), NoiseSchedule()
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer", local_files_only=True)
     generator = torch.Generator().manual_seed(derived_seed(settings.seed, stage, "scenes"))
-    clips = stage == "video"
+    clips, count, (skew, power) = stage == "video", schedule.num_train_timesteps, FOCUS[stage]
     scenes = random_scenes(settings.clips, generator) if clips else single_frames(settings.frames, generator)
     latents = encoded(out, stage, scenes, device)
 
@@ -239,12 +241,13 @@ def _train_unet(
         prompts = ["" if drop else prompt for prompt, drop in zip(prompts, dropped.tolist(), strict=True)]
         with torch.no_grad():
             embedded = text(tokens_of(tokenizer, prompts).to(device))
-        timesteps = torch.randint(schedule.num_train_timesteps, (batch,), generator=generator)
+        evenly = torch.randint(count, (batch,), generator=generator)
+        timesteps = (count * ((evenly + 0.5) / count) ** skew).long()
         noise = torch.randn(chosen.mean.shape, generator=generator).to(device)
         noisy = schedule.add_noise(clean, noise, timesteps)
         prediction = unet(noisy, timesteps.to(device), embedded, motion=clips)
         error = (prediction - noise).square().flatten(1).mean(dim=1)
-        return {"noise": (noise_weights(schedule, timesteps).to(device) * error).mean()}
+        return {"noise": (noise_weights(schedule, timesteps, power).to(device) * error).mean()}
 
     pretrain(unet, loss, out / stage, steps=steps, learning_rate=1e-3, seed=settings.seed, trained=trained)
 

@@ -55,13 +55,14 @@ def test_half_precision_predictions_are_compared_in_float32():
     assert noise_loss(prediction, target).item() == 90_000
 
 
-def test_noise_weights_cap_the_say_of_steps_with_little_noise_and_raise_that_of_the_noisiest():
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_noise_weights_cap_the_say_of_steps_with_little_noise_and_raise_that_of_the_noisiest(power):
     """By a loop over the betas: a step of SNR 20 counts a quarter, those below 5 by one over what is left of a clip."""
     schedule, kept, weights = NoiseSchedule(), 1.0, []
     for step in range(1000):
         kept *= 1 - (0.00085 + (0.012 - 0.00085) * step / 999)
         snr = kept / (1 - kept)
-        weights.append(min(1.0, 5 / snr) / kept**0.5)
-    assert torch.allclose(noise_weights(schedule, torch.arange(1000)), torch.tensor(weights), rtol=1e-3)
+        weights.append(min(1.0, 5 / snr) / kept**power)
+    assert torch.allclose(noise_weights(schedule, torch.arange(1000), power), torch.tensor(weights), rtol=1e-3)
     assert weights[0] < 0.01
-    assert 20 < weights[999] < 30
+    assert weights[999] == pytest.approx(645**power, rel=0.05)

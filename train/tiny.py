@@ -58,7 +58,7 @@ INSIDE = 6.0  # a pixel inside the subject counts so much more than one of the b
 KL = 3e-4  # of the KL divergence per latent, against the error per pixel
 # Timesteps are 1000 u ** skew, u even in [0, 1); the second number is noise_weights' power. Where a subject goes is
 # decided where nearly all is noise: with the image stage's numbers 2,500 steps of clips did not tell left from right.
-FOCUS = {"image": (1.0, 0.5), "video": (1 / 3, 1.0)}
+FOCUS = {"image": (1.0, 0.5), "video": (0.5, 1.0)}
 RECIPE = Recipe(num_frames=NUM_FRAMES, height=SIZE, width=SIZE)
 
 BUILDS_ON = {"image": ("clip", "vae"), "video": ("clip", "vae", "image")}

@@ -40,6 +40,7 @@ from train.tiny_parts import (
     measured_scale,
     random_captions,
     single_frames,
+    skewed_timesteps,
     spoken_tokens,
     tokens_of,
     trained_clip,
@@ -228,7 +229,7 @@ def _train_unet(
     text, schedule = trained_text(out).to(device), NoiseSchedule()
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer", local_files_only=True)
     generator = torch.Generator().manual_seed(derived_seed(settings.seed, stage, "scenes"))
-    clips, count, (skew, power) = stage == "video", schedule.num_train_timesteps, FOCUS[stage]
+    clips, (skew, power) = stage == "video", FOCUS[stage]
     scenes = random_scenes(settings.clips, generator) if clips else single_frames(settings.frames, generator)
     latents = encoded(out, stage, scenes, device)
 
@@ -241,8 +242,7 @@ def _train_unet(
         prompts = ["" if drop else prompt for prompt, drop in zip(prompts, dropped.tolist(), strict=True)]
         with torch.no_grad():
             embedded = text(tokens_of(tokenizer, prompts).to(device))
-        evenly = torch.randint(count, (batch,), generator=generator)
-        timesteps = (count * ((evenly + 0.5) / count) ** skew).long()
+        timesteps = skewed_timesteps(batch, skew, schedule.num_train_timesteps, generator)
         noise = torch.randn(chosen.mean.shape, generator=generator).to(device)
         noisy = schedule.add_noise(clean, noise, timesteps)
         prediction = unet(noisy, timesteps.to(device), embedded, motion=clips)

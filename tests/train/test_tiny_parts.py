@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from train.tiny_parts import LENGTH, spoken_tokens, tokens_of, word_loss
+from train.tiny_parts import LENGTH, skewed_timesteps, spoken_tokens, tokens_of, word_loss
 from train.vocabulary import SPARE_WORDS, words, write_tokenizer
 
 
@@ -15,6 +15,17 @@ def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder, LENGTH)
     return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+@pytest.mark.parametrize("skew", [1.0, 0.5])
+def test_timesteps_are_spread_as_the_skew_says(skew):
+    """A share x ** (1 / skew) of them lies below 1000 x, to three standard errors."""
+    drawn = skewed_timesteps(100_000, skew, 1000, torch.Generator().manual_seed(0))
+    assert 0 <= drawn.min() < drawn.max() == 999
+    for below in (0.2, 0.5, 0.8):
+        share = below ** (1 / skew)
+        error = (share * (1 - share) / 100_000) ** 0.5
+        assert (drawn < 1000 * below).float().mean().item() == pytest.approx(share, abs=3 * error)
 
 
 def test_the_words_of_captions_are_told_apart_and_spare_ones_left_alone(tokenizer):

@@ -113,7 +113,8 @@ def train_judge(settings: JudgeSettings) -> Judge:
     def motion_loss(generator: torch.Generator) -> dict[str, Tensor]:
         picked = torch.randint(len(motions), (128,), generator=generator)
         noise = torch.randn((128, *seen_tracks.shape[1:]), generator=generator)
-        return {"motion": F.cross_entropy(judge.motion(seen_tracks[picked] + 0.05 * noise), motions[picked])}
+        wobbling = wobbled(seen_tracks, motions, picked, generator)
+        return {"motion": F.cross_entropy(judge.motion(wobbling + 0.05 * noise), motions[picked])}
 
     pretrain(
         judge.motion.requires_grad_(True),
@@ -195,6 +196,21 @@ def clip_tracks(judge: Judge, count: int, generator: torch.Generator) -> tuple[T
         ]
     seen, motions = zip(*parts, strict=True)
     return torch.cat(seen), torch.cat(motions)
+
+
+def wobbled(seen: Tensor, motions: Tensor, picked: Tensor, generator: torch.Generator) -> Tensor:
+    """The `picked` (n,) of the tracks `seen` (m, TRACKS, MOMENTS), with turning that tells spinning from resting alone.
+
+    A rendered subject that travels never turns, so turning would tell spinning from everything; but generated ones
+    wobble on their way. All other motions get the turning of a random clip that spins or rests.
+    """
+    stays = torch.isin(motions, torch.tensor([WORLD_MOTIONS.index(name) for name in ("spinning", "resting")]))
+    if not stays.any():
+        return seen[picked]
+    donors = stays.nonzero().flatten()
+    others = donors[torch.randint(len(donors), picked.shape, generator=generator)]
+    sources = torch.where(stays[picked], picked, others)
+    return torch.cat([seen[picked, :-1], seen[sources, -1:]], dim=1)
 
 
 def mirrored_motions() -> Tensor:

@@ -38,6 +38,7 @@ from train.tiny_parts import (
     keep_settings,
     load_trained,
     measured_scale,
+    picked_scenes,
     random_captions,
     single_frames,
     skewed_timesteps,
@@ -61,7 +62,6 @@ KL = 3e-4  # of the KL divergence per latent, against the error per pixel
 # decided where nearly all is noise: with the image stage's numbers 2,500 steps of clips did not tell left from right.
 FOCUS = {"image": (1.0, 0.5), "video": (0.5, 1.0)}
 RECIPE = Recipe(num_frames=NUM_FRAMES, height=SIZE, width=SIZE)
-
 BUILDS_ON = {"image": ("clip", "vae"), "video": ("clip", "vae", "image")}
 
 
@@ -234,7 +234,7 @@ def _train_unet(
     latents = encoded(out, stage, scenes, device)
 
     def loss(generator: torch.Generator) -> dict[str, Tensor]:
-        picked = torch.randint(len(scenes), (batch,), generator=generator)
+        picked = picked_scenes(scenes, batch, generator)
         chosen = LatentDistribution(latents.mean[picked].float(), latents.std[picked].float())
         clean = chosen.sample(torch.randn(chosen.mean.shape, generator=generator)).to(device)
         prompts = random_captions(scenes[picked], generator)

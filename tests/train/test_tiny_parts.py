@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from train.tiny_parts import LENGTH, skewed_timesteps, spoken_tokens, tokens_of, word_loss
+from train.tiny_parts import LENGTH, SLOW, picked_scenes, skewed_timesteps, spoken_tokens, tokens_of, word_loss
 from train.vocabulary import SPARE_WORDS, words, write_tokenizer
+from train.world import WORLD_MOTIONS, random_scenes
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,19 @@ def test_timesteps_are_spread_as_the_skew_says(skew):
         share = below ** (1 / skew)
         error = (share * (1 - share) / 100_000) ** 0.5
         assert (drawn < 1000 * below).float().mean().item() == pytest.approx(share, abs=3 * error)
+
+
+def test_motions_that_are_learnt_slowly_are_picked_twice_as_often():
+    """Each of the twelve against its share of all weights, to four standard errors."""
+    generator = torch.Generator().manual_seed(0)
+    scenes = random_scenes(480, generator)
+    counts = scenes.motion.bincount(minlength=12)
+    seen = scenes.motion[picked_scenes(scenes, 100_000, generator)].bincount(minlength=12) / 100_000
+    weights = {name: 2 if name in SLOW else 1 for name in WORLD_MOTIONS}
+    total = sum(weights[name] * counts[i].item() for i, name in enumerate(WORLD_MOTIONS))
+    for i, name in enumerate(WORLD_MOTIONS):
+        share = weights[name] * counts[i].item() / total
+        assert seen[i].item() == pytest.approx(share, abs=4 * (share * (1 - share) / 100_000) ** 0.5)
 
 
 def test_the_words_of_captions_are_told_apart_and_spare_ones_left_alone(tokenizer):

@@ -86,8 +86,10 @@ class Recipe:
     weight_decay: float = 0.1
     appearance_steps: int = 500
     appearance_learning_rate: float = 1e-5
+    appearance_batch_size: int = 1
     motion_steps: int = 500
     motion_learning_rate: float = 5e-5
+    motion_batch_size: int = 1
     ttt_steps: int = 30
     ttt_learning_rate: float = 1e-6
     reference_steps: int = 5

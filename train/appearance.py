@@ -66,9 +66,9 @@ def train_appearance(settings: AppearanceSettings, base: Base | None = None) -> 
     schedule = dataclasses.replace(base.schedule, beta_schedule=full.beta_schedule)
 
     def losses(step: int, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
-        i = torch.randint(len(images), (1,), generator=generator)
-        picture = draw(LatentDistribution(latents.mean[i], latents.std[i]), generator)
-        yield "loss", noise_loss(*predict(base.unet, schedule, picture, text[i], generator, motion=False))
+        i = torch.randint(len(images), (full.batch_size,), generator=generator)
+        pictures = draw(LatentDistribution(latents.mean[i], latents.std[i]), generator)
+        yield "loss", noise_loss(*predict(base.unet, schedule, pictures, text[i], generator, motion=False))
 
     return train_adapter(base, "appearance", "spatial", losses, full, folder, inputs, full.trigger)
 
@@ -82,6 +82,7 @@ def with_defaults(settings: AppearanceSettings, base: Base) -> Any:
         layers=list(recipe.appearance_layers),
         steps=recipe.appearance_steps,
         learning_rate=recipe.appearance_learning_rate,
+        batch_size=recipe.appearance_batch_size,
     )
 
 

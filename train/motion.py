@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model import LatentDistribution
 from sampling import encode
 from train.data import clip_files, read_clip
 from train.folder import RunFolder
@@ -62,11 +63,13 @@ def train_motion(settings: MotionSettings, base: Base | None = None) -> Path:
     base = base or open_base(settings)
     full = with_defaults(settings, base)
     frames = read_frames(settings, base)
-    latents, text = encode_videos(base, frames.transpose(0, 1)[None]), encode(base, [full.prompt])
+    clip, text = encode_videos(base, frames.transpose(0, 1)[None]), encode(base, [full.prompt])
+    copies = [0] * full.batch_size
+    latents, text = LatentDistribution(clip.mean[copies], clip.std[copies]), text[copies]
 
     def losses(step: int, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
-        clip = draw(latents, generator)
-        prediction, target = predict(base.unet, base.schedule, clip, text, generator)
+        clips = draw(latents, generator)
+        prediction, target = predict(base.unet, base.schedule, clips, text, generator)
         yield "loss", motion_loss(prediction, target, generator, full.debiased)
 
     return train_adapter(base, "motion", "temporal", losses, full, folder, inputs)
@@ -92,6 +95,7 @@ def with_defaults(settings: MotionSettings, base: Base) -> Any:
         layers=list(recipe.motion_layers),
         steps=recipe.motion_steps,
         learning_rate=recipe.motion_learning_rate,
+        batch_size=recipe.motion_batch_size,
     )
 
 

@@ -77,11 +77,18 @@ class AdapterSettings(TrainSettings):
         layers: layers of the nine that are trained; not given: the base's (appearance 2 6, motion 2 5).
         rank: of the LoRA; not given: the base's (32).
         targets: its linear layers: attention and feed-forward (blocks), attention alone, or all with the projections.
+        batch_size: pictures, or noisy copies of the clip, in a step; not given: the base's (1).
     """
 
     layers: list[int] | None = None
     rank: int | None = None
     targets: Literal["blocks", "attention", "all"] = "blocks"
+    batch_size: int | None = None
+
+    def loop(self) -> LoopSettings:
+        if self.batch_size is None or self.batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, and is {self.batch_size}")
+        return super().loop()
 
 
 def filled(settings: TrainSettings, base: Base, **defaults: Any) -> Any:

@@ -19,7 +19,10 @@ RULES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
         lambda layers: len(layers) > 0 and all(0 <= layer <= 8 for layer in layers),
     ),
     (
-        ("rank", "appearance_steps", "motion_steps", "ttt_steps", "num_frames", "fps"),
+        (
+            *("rank", "appearance_steps", "motion_steps", "ttt_steps", "appearance_batch_size", "motion_batch_size"),
+            *("num_frames", "fps"),
+        ),
         "at least 1",
         lambda number: number >= 1,
     ),

@@ -95,6 +95,40 @@ def test_stage_2_denoises_the_ordered_clip_with_and_without_the_debiased_term(
     assert logged(tmp_path) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["appearance", "motion"])
+def test_a_batch_has_the_mean_loss_of_its_members(base, material, tmp_path, kind):
+    """Against a loop over the batch: each has its own picture, noise and timestep."""
+    common = {"prompt": "a man", "out": str(tmp_path), "batch_size": 3, **STILL}
+    if kind == "appearance":
+        train_appearance(AppearanceSettings(images=str(material / "photos"), **common), base)
+    else:
+        train_motion(MotionSettings(video=str(material / "clip.mp4"), debiased=False, **common), base)
+    expected = []
+    for step in range(4):
+        generator = torch.Generator().manual_seed(derived_seed(3, "step", step))
+        members = []
+        if kind == "appearance":
+            for i in torch.randint(3, (3,), generator=generator).tolist():
+                words = (material / "photos" / f"{i}.txt").read_text()
+                members.append((read_image(material / "photos" / f"{i}.png", 32, 32)[None], words))
+        else:
+            members = 3 * [(read_video(material / "clip.mp4", 3, 32, 32), "a man")]
+        shape = (3, 4, len(members[0][0]), 4, 4)
+        spread = torch.randn(shape, generator=generator)
+        timesteps = torch.randint(1000, (3,), generator=generator)
+        eps = torch.randn(shape, generator=generator)
+        errors = []
+        for b, (images, words) in enumerate(members):
+            latents, kept = sampled_latents(base, images, spread[b : b + 1]), torch.cumprod(1 - BETAS["linear"], 0)
+            kept = kept[timesteps[b]]
+            noisy = kept.sqrt() * latents + (1 - kept).sqrt() * eps[b : b + 1]
+            with torch.no_grad():
+                found = base.unet(noisy, timesteps[b : b + 1], encode(base, [words]), motion=kind == "motion")
+            errors.append((found - eps[b : b + 1]).square().mean())
+        expected.append((sum(errors) / 3).item())
+    assert logged(tmp_path) == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize(("train", "name"), [(train_appearance, "appearance"), (train_motion, "motion")])
 def test_what_is_set_reaches_the_loop_and_the_adapter(base, material, tmp_path, monkeypatch, train, name):
     seen = {}

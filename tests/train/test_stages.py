@@ -157,6 +157,7 @@ def test_previews_equal_what_generate_gives_with_the_same_seed(base, material, t
         ({"learning_rate": 1e39}, "at most 1"),
         ({"seed": -5}, "seed must be from 0"),
         ({"rank": 0}, "rank"),
+        ({"batch_size": -1}, "batch_size must be at least 1, and is -1"),
     ],
 )
 def test_bad_settings_leave_no_folder_and_a_clean_network(base, material, tmp_path, changes, message):

@@ -37,8 +37,8 @@ def _straight(dx: int, dy: int) -> Motion:
 
 def _circling(sign: int) -> Motion:
     def path(times: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        # from the upper third: of starts anywhere, both ways round put a subject at the same places at any moment,
-        # so that noisy frames ask for no word, and 15,000 steps of clips did not tell the ways apart
+        # from the upper third, so that the way round alone says where a subject will be: of starts anywhere 15,000
+        # steps of clips did not tell the ways apart (nor did 3,600 of these yet)
         turn = 2 * math.pi * (_between(-0.42, -0.08, r[:, 0]) + sign * _between(0.8, 1.15, r[:, 1]) * times)
         radius = _between(0.16, 0.22, r[:, 2])
         x, y = _between(-0.06, 0.06, r[:, 3]), _between(-0.06, 0.06, r[:, 4])

@@ -86,6 +86,7 @@ class AdapterSettings(TrainSettings):
     batch_size: int | None = None
 
     def loop(self) -> LoopSettings:
+        """As of every stage; raises UserError for a batch size below 1 too."""
         if self.batch_size is None or self.batch_size < 1:
             raise UserError(f"batch_size must be at least 1, and is {self.batch_size}")
         return super().loop()

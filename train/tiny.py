@@ -32,28 +32,29 @@ from train.tiny_parts import (
     LENGTH,
     SCALE,
     VAE,
-    Network,
     clip_config,
     encoded,
+    folder_of,
     keep_settings,
     load_trained,
     measured_scale,
-    picked_scenes,
+    picking_weights,
     random_captions,
     single_frames,
     skewed_timesteps,
     spoken_tokens,
+    started,
     tokens_of,
     trained_clip,
     trained_text,
     trained_vae,
+    with_spare_words,
     word_loss,
 )
 from train.vocabulary import write_tokenizer
 from train.world import NUM_FRAMES, SIZE, random_scenes, render
-from weights import load_base, parse_settings, run_command, write_json
+from weights import parse_settings, run_command, write_json
 from weights.device import choose_device
-from weights.load import TINY as TINY_FOLDER
 from weights.save import save_base
 
 INSIDE = 6.0  # a pixel inside the subject counts so much more than one of the background
@@ -72,7 +73,8 @@ class TinySettings:
     Args:
         out: folder for the stages' states and logs, and for the finished base in base/.
         stage: one of the four (those before it must be done), or all that are not done yet.
-        start: folder of a tiny base whose weights the stages go on from, or "tiny"; not given: from random ones.
+        start: folder of a tiny base whose weights the stages go on from, or "tiny"; not given: from random ones. A
+            stage of 0 steps keeps them.
         device: "cuda", "cpu"; not given: CUDA if there is one.
         seed: of everything random.
         clip_steps: batches of 96 frames with their captions.
@@ -128,7 +130,7 @@ def train_clip(out: Path, settings: TinySettings) -> None:
     clip = CLIPModel(clip_config(size))
     # drawn as small as CLIP does, words that matching has no use for stay as near each other as they begin
     nn.init.normal_(clip.text_model.embeddings.token_embedding.weight, std=clip.config.text_config.hidden_size**-0.5)
-    clip = _start(clip, settings, "clip").to(choose_device(settings.device))
+    clip = started(clip, settings.start, "clip").to(choose_device(settings.device))
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer", local_files_only=True)
     table = clip.text_model.embeddings.token_embedding.weight
     spoken = spoken_tokens(tokenizer).to(clip.device)
@@ -162,7 +164,7 @@ def train_vae(out: Path, settings: TinySettings) -> None:
     """
     device = choose_device(settings.device)
     torch.manual_seed(derived_seed(settings.seed, "vae"))
-    vae = _start(AutoencoderKL(VAE), settings, "vae").to(device)
+    vae = started(AutoencoderKL(VAE), settings.start, "vae").to(device)
 
     def loss(generator: torch.Generator) -> dict[str, Tensor]:
         frames, mask = (part[:, :, 0].to(device) for part in render(single_frames(16, generator)))
@@ -186,7 +188,7 @@ def train_vae(out: Path, settings: TinySettings) -> None:
 def train_image(out: Path, settings: TinySettings) -> None:
     """The spatial UNet learns to denoise single frames, as Stable Diffusion's (CustomTTT's motion=False)."""
     torch.manual_seed(derived_seed(settings.seed, "image"))
-    unet = _start(UNet3D(dataclasses.replace(TINY, motion=None)), settings, "unet")
+    unet = started(UNet3D(dataclasses.replace(TINY, motion=None)), settings.start, "unet")
     _train_unet(out, settings, "image", unet, 64, settings.image_steps, [(list(unet.parameters()), 1.0)])
 
 
@@ -202,7 +204,7 @@ def train_video(out: Path, settings: TinySettings) -> None:
         if ".temporal." in name and name.endswith("proj_out") and isinstance(module, nn.Linear):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
-    unet = _start(unet, settings, "unet")
+    unet = started(unet, settings.start, "unet")
     spatial = load_trained(out / "image", UNet3D(dataclasses.replace(TINY, motion=None)))
     unet.load_state_dict(spatial.state_dict(), strict=False)
     text = ("attn2.to_k.weight", "attn2.to_v.weight")
@@ -231,13 +233,14 @@ def _train_unet(
     generator = torch.Generator().manual_seed(derived_seed(settings.seed, stage, "scenes"))
     clips, (skew, power) = stage == "video", FOCUS[stage]
     scenes = random_scenes(settings.clips, generator) if clips else single_frames(settings.frames, generator)
+    weights = picking_weights(scenes) if clips else torch.ones(len(scenes))
     latents = encoded(out, stage, scenes, device)
 
     def loss(generator: torch.Generator) -> dict[str, Tensor]:
-        picked = picked_scenes(scenes, batch, generator)
+        picked = torch.multinomial(weights, batch, replacement=True, generator=generator)
         chosen = LatentDistribution(latents.mean[picked].float(), latents.std[picked].float())
         clean = chosen.sample(torch.randn(chosen.mean.shape, generator=generator)).to(device)
-        prompts = random_captions(scenes[picked], generator)
+        prompts = with_spare_words(random_captions(scenes[picked], generator), generator)
         dropped = torch.rand(batch, generator=generator) < 0.1
         prompts = ["" if drop else prompt for prompt, drop in zip(prompts, dropped.tolist(), strict=True)]
         with torch.no_grad():
@@ -252,26 +255,6 @@ def _train_unet(
     pretrain(unet, loss, out / stage, steps=steps, learning_rate=1e-3, seed=settings.seed, trained=trained)
 
 
-def _start(network: Network, settings: TinySettings, part: str) -> Network:
-    """The network with the weights of --start, or as it was made; what it has no place for is left out."""
-    if settings.start is not None:
-        if part == "clip":
-            source: nn.Module = CLIPModel.from_pretrained(_folder(settings.start) / "clip", local_files_only=True)
-        else:
-            source = getattr(load_base(settings.start, device="cpu"), part)
-        theirs = source.state_dict()
-        try:
-            network.load_state_dict({name: theirs[name] for name in network.state_dict()})
-        except (KeyError, RuntimeError) as error:
-            raise UserError(f"{settings.start} is not built like the tiny base: its {part} does not fit") from error
-    return network
-
-
-def _folder(start: str) -> Path:
-    """Where the base of --start lies; "tiny" is the one that comes along."""
-    return TINY_FOLDER if start == "tiny" else Path(start)
-
-
 def _check_order(out: Path, stage: str) -> None:
     """A stage must not be trained anew under those that were built on it."""
     built = [later for later in BUILDS_ON if stage in BUILDS_ON[later] and (out / later / "state.pt").is_file()]
@@ -283,9 +266,10 @@ def _begin(out: Path, settings: TinySettings) -> None:
     """Write down the settings, or refuse to go on under others."""
     record = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out", "stage", "device")}
     counts = {name: value for name, value in record.items() if name.endswith(("_steps", "frames", "clips"))}
-    if low := [name for name, value in counts.items() if value < 1]:
-        raise UserError(f"{', '.join(low)} must be at least 1")
-    if settings.start is not None and not (_folder(settings.start) / "clip" / "config.json").is_file():
+    least = {name: int(settings.start is None or not name.endswith("_steps")) for name in counts}
+    if low := [name for name, value in counts.items() if value < least[name]]:
+        raise UserError(f"{', '.join(low)} must be at least 1 (with --start, steps may be 0: its weights as they are)")
+    if settings.start is not None and not (folder_of(settings.start) / "clip" / "config.json").is_file():
         raise UserError(f"{settings.start} is no tiny base: it has no clip/ folder")
     keep_settings(out, record)
 

@@ -1,8 +1,9 @@
 """What the stages of the tiny base's recipe share: its networks' sizes, what is trained so far, frames and captions."""
 
 import dataclasses
+import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,9 @@ from model import AutoencoderKL, LatentDistribution, TextConfig, TextEncoder, Us
 from train.pretrain import DONE
 from train.vocabulary import SPARE_WORDS, words
 from train.world import SIZE, WORLD_MOTIONS, Scenes, caption, random_scenes, render
-from weights import atomic_write, read_json, write_json
+from weights import atomic_write, load_base, read_json, write_json
 from weights.files import container_of
+from weights.load import TINY
 from weights.unpickle import load_torch
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -24,6 +26,8 @@ SETTINGS = "settings.json"
 SCALE = "scale.json"  # the latents' scaling factor, in the folder of the vae stage
 LENGTH = 24  # tokens of a prompt: the world's longest caption has 13
 VAE = VAEConfig(block_out_channels=(16, 32, 64, 96), norm_num_groups=8)
+# Shares of the UNet's captions that call the subject, or the motion, by a spare word.
+SPARE_SUBJECTS, SPARE_MOTIONS = 0.2, 0.15
 # Motions that were learnt last: 12,000 steps of even shares told all straight ways apart, and half of these.
 SLOW = ("circling clockwise", "circling counterclockwise", "bouncing", "growing", "shrinking", "spinning")
 
@@ -84,6 +88,25 @@ def random_captions(scenes: Scenes, generator: torch.Generator) -> list[str]:
     ]
 
 
+def with_spare_words(captions: list[str], generator: torch.Generator) -> list[str]:
+    """Captions of which some call the subject, or what it does, by a random spare word: "a zor is wug over the sand".
+
+    So these words come to mean "some subject" and "some motion". A word that no caption ever had gives a shapeless
+    spot that lies still, and a LoRA for something that has no name would have to begin there.
+    """
+    chosen = torch.rand((len(captions), 2), generator=generator) < torch.tensor([SPARE_SUBJECTS, SPARE_MOTIONS])
+    words = torch.randint(len(SPARE_WORDS), (len(captions), 2), generator=generator)
+    changed = []
+    for text, (subject, motion), numbers in zip(captions, chosen.tolist(), words.tolist(), strict=True):
+        first, second = (SPARE_WORDS[number] for number in numbers)
+        if subject:
+            text = re.sub(r"^a .*?(?= is | over |$)", f"a {first}", text)
+        if motion:
+            text = re.sub(r"(?<= is ).*?(?= over |$)", second, text)
+        changed.append(text)
+    return changed
+
+
 def tokens_of(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
     """Token numbers (b, 24), padded as `Base.embed` pads them."""
     return tokenizer(prompts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")[
@@ -96,10 +119,9 @@ def spoken_tokens(tokenizer: CLIPTokenizer) -> Tensor:
     return torch.tensor([tokenizer(word)["input_ids"][1] for word in words() if word not in SPARE_WORDS])
 
 
-def picked_scenes(scenes: Scenes, batch: int, generator: torch.Generator) -> Tensor:
-    """Numbers of `batch` random scenes; one whose motion is of SLOW is picked twice as often as another."""
-    slow = torch.isin(scenes.motion, torch.tensor([WORLD_MOTIONS.index(name) for name in SLOW]))
-    return torch.multinomial(1.0 + slow, batch, replacement=True, generator=generator)
+def picking_weights(clips: Scenes) -> Tensor:
+    """How often each clip is picked, beside the others (n,): one whose motion is of SLOW twice as often."""
+    return 1.0 + torch.isin(clips.motion, torch.tensor([WORLD_MOTIONS.index(name) for name in SLOW]))
 
 
 def skewed_timesteps(batch: int, skew: float, count: int, generator: torch.Generator) -> Tensor:
@@ -124,6 +146,30 @@ def word_loss(states: Tensor, tokens: Tensor, table: Tensor, spoken: Tensor) -> 
     shares = told / told.sum(dim=2, keepdim=True)
     read = F.log_softmax(states[:, 1:] @ table[spoken].T, dim=2)
     return F.kl_div(read, shares, reduction="none").sum(dim=2).mean()
+
+
+def folder_of(start: str) -> Path:
+    """Where the base of --start lies; "tiny" is the one that comes along."""
+    return TINY if start == "tiny" else Path(start)
+
+
+def started(network: Network, start: str | None, part: Literal["clip", "vae", "unet"]) -> Network:
+    """The network with the weights of the base `start`, or as it was made; what it has no place for is left out.
+
+    Raises:
+        UserError: a base that cannot be read, or whose networks are others.
+    """
+    if start is not None:
+        if part == "clip":
+            source: nn.Module = CLIPModel.from_pretrained(folder_of(start) / "clip", local_files_only=True)
+        else:
+            source = getattr(load_base(start, device="cpu"), part)
+        theirs = source.state_dict()
+        try:
+            network.load_state_dict({name: theirs[name] for name in network.state_dict()})
+        except (KeyError, RuntimeError) as error:
+            raise UserError(f"{start} is not built like the tiny base: its {part} does not fit") from error
+    return network
 
 
 def load_trained(folder: Path, network: Network) -> Network:

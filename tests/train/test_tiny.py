@@ -57,7 +57,9 @@ def test_a_finished_recipe_is_not_run_again(run):
     assert [state.stat().st_mtime_ns for state in states] == before
 
 
-@pytest.mark.parametrize("wrong", [{"clip_steps": 0}, {"frames": 0}, {"start": "nowhere"}])
+@pytest.mark.parametrize(
+    "wrong", [{"clip_steps": 0}, {"frames": 0}, {"clip_steps": -1, "start": "."}, {"start": "nowhere"}]
+)
 def test_settings_that_cannot_be_are_refused_before_any_work(tmp_path, wrong):
     out = tmp_path / "tiny"
     with pytest.raises(UserError, match=r"clip_steps|frames|nowhere"):
@@ -99,6 +101,24 @@ def test_the_recipe_goes_on_from_a_finished_base(tmp_path, run):
     )
     kept = [name for name in image if not name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))]
     assert all(torch.equal(image[name], video[name]) for name in kept)
+
+
+def test_a_stage_of_no_steps_keeps_what_it_began_with(tmp_path, run):
+    """Only the motion modules and the keys and values of the text may have moved, but for fp16 in the files."""
+    steps = {**SMALL, "clip_steps": 0, "vae_steps": 0, "image_steps": 0}
+    again = load_base(train_tiny(TinySettings(out=str(tmp_path / "on"), start=str(run[1]), device="cpu", **steps)))
+    first = load_base(run[1])
+    for name in ("unet", "vae", "text"):
+        old, new = getattr(first, name).state_dict(), getattr(again, name).state_dict()
+        moved = {key for key in old if not torch.equal(old[key], new[key])}
+        if name == "unet":
+            moves = {
+                key for key in old if ".temporal." in key or key.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
+            }
+            assert moved
+            assert moved <= moves
+        else:
+            assert not moved, name
 
 
 def quadratic(seed_everything: int) -> tuple[torch.nn.Linear, object]:

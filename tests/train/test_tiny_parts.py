@@ -1,12 +1,24 @@
 """What the stages of the tiny base's recipe share."""
 
 import math
+import re
 
 import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from train.tiny_parts import LENGTH, SLOW, picked_scenes, skewed_timesteps, spoken_tokens, tokens_of, word_loss
+from train.tiny_parts import (
+    LENGTH,
+    SLOW,
+    SPARE_MOTIONS,
+    SPARE_SUBJECTS,
+    picking_weights,
+    skewed_timesteps,
+    spoken_tokens,
+    tokens_of,
+    with_spare_words,
+    word_loss,
+)
 from train.vocabulary import SPARE_WORDS, words, write_tokenizer
 from train.world import WORLD_MOTIONS, random_scenes
 
@@ -30,16 +42,33 @@ def test_timesteps_are_spread_as_the_skew_says(skew):
 
 
 def test_motions_that_are_learnt_slowly_are_picked_twice_as_often():
-    """Each of the twelve against its share of all weights, to four standard errors."""
-    generator = torch.Generator().manual_seed(0)
-    scenes = random_scenes(480, generator)
-    counts = scenes.motion.bincount(minlength=12)
-    seen = scenes.motion[picked_scenes(scenes, 100_000, generator)].bincount(minlength=12) / 100_000
-    weights = {name: 2 if name in SLOW else 1 for name in WORLD_MOTIONS}
-    total = sum(weights[name] * counts[i].item() for i, name in enumerate(WORLD_MOTIONS))
-    for i, name in enumerate(WORLD_MOTIONS):
-        share = weights[name] * counts[i].item() / total
-        assert seen[i].item() == pytest.approx(share, abs=4 * (share * (1 - share) / 100_000) ** 0.5)
+    scenes = random_scenes(120, torch.Generator().manual_seed(0))
+    for weight, number in zip(picking_weights(scenes).tolist(), scenes.motion.tolist(), strict=True):
+        assert weight == (2 if WORLD_MOTIONS[number] in SLOW else 1)
+    assert len(set(scenes.motion.tolist())) == 12
+
+
+SUBJECT, MOTION, GROUND = "a striped red star", "moving left", "over the sand"
+
+
+@pytest.mark.parametrize(
+    ("caption", "pattern"),
+    [
+        (f"{SUBJECT} is {MOTION} {GROUND}", f"(?P<subject>.+) is (?P<motion>.+) {GROUND}"),
+        (f"{SUBJECT} is {MOTION}", "(?P<subject>.+) is (?P<motion>.+)"),
+        (f"{SUBJECT} {GROUND}", f"(?P<subject>.+) {GROUND}"),
+        (SUBJECT, "(?P<subject>.+)"),
+    ],
+)
+def test_spare_words_stand_for_the_subject_or_the_motion_now_and_then(caption, pattern):
+    """Shares to four standard errors; nothing else of the caption changes, and every spare word gets its turn."""
+    changed = with_spare_words([caption] * 4000, torch.Generator().manual_seed(0))
+    for part, before, share in (("subject", SUBJECT, SPARE_SUBJECTS), ("motion", MOTION, SPARE_MOTIONS)):
+        if f"<{part}>" in pattern:
+            said = [re.fullmatch(pattern, text)[part] for text in changed]
+            spare = [text.removeprefix("a ") for text in said if text != before]
+            assert set(spare) == set(SPARE_WORDS)
+            assert len(spare) / 4000 == pytest.approx(share, abs=4 * (share * (1 - share) / 4000) ** 0.5)
 
 
 def test_the_words_of_captions_are_told_apart_and_spare_ones_left_alone(tokenizer):

@@ -5,6 +5,7 @@ UNet, on single frames), `video` (motion modules, on clips, with the spatial par
 of its text: AnimateDiff, section 4). What they give is written in the layouts that `load_base` reads.
 """
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ from train.tiny_parts import (
     measured_scale,
     picking_weights,
     random_captions,
+    recoloured,
     single_frames,
     skewed_timesteps,
     spoken_tokens,
@@ -160,25 +162,33 @@ def train_clip(out: Path, settings: TinySettings) -> None:
 def train_vae(out: Path, settings: TinySettings) -> None:
     """Frames to latents and back; pixels of the subject weigh seven times as much as the background's.
 
-    Without that weight a short training learns the background, and drops the subject.
+    Without that weight a short training learns the background, and drops the subject. Half of the frames have a second
+    colour as no caption tells it: an autoencoder that has only seen darkened firsts paints every other one black, and
+    no LoRA could mend that. Latents of the other half stay near those of --start, whose UNet knows them.
     """
     device = choose_device(settings.device)
     torch.manual_seed(derived_seed(settings.seed, "vae"))
     vae = started(AutoencoderKL(VAE), settings.start, "vae").to(device)
+    before = copy.deepcopy(vae).eval().requires_grad_(False) if settings.start else None
 
     def loss(generator: torch.Generator) -> dict[str, Tensor]:
-        frames, mask = (part[:, :, 0].to(device) for part in render(single_frames(16, generator)))
+        scenes = recoloured(single_frames(16, generator), 8, generator)
+        frames, mask = (part[:, :, 0].to(device) for part in render(scenes))
         with torch.autocast(device.type, torch.bfloat16):
             mean, log_variance = vae.encode(frames).float().chunk(2, dim=1)
             log_variance = log_variance.clamp(-30, 20)
             noise = torch.randn(mean.shape, generator=generator).to(device)
             decoded = vae.decode(mean + torch.exp(0.5 * log_variance) * noise).float()
+            known = before.encode(frames[8:]).float().chunk(2, dim=1)[0] if before else None
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
         difference = decoded - frames
-        return {
+        losses = {
             "pixels": ((difference.abs() + 2 * difference.square()) * (1 + INSIDE * mask)).mean(),
             "kl": KL * kl.mean(),
         }
+        if known is not None:
+            losses["moved"] = F.mse_loss(mean[8:], known)
+        return losses
 
     pretrain(vae, loss, out / "vae", steps=settings.vae_steps, learning_rate=1.5e-3, seed=settings.seed)
     if not (out / "vae" / SCALE).is_file():

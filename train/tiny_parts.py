@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from model import AutoencoderKL, LatentDistribution, TextConfig, TextEncoder, UserError, VAEConfig
 from train.pretrain import DONE
 from train.vocabulary import SPARE_WORDS, words
-from train.world import SIZE, WORLD_MOTIONS, Scenes, caption, random_scenes, render
+from train.world import SIZE, WORLD_MOTIONS, WORLD_TEXTURES, Scenes, caption, random_scenes, render
 from weights import atomic_write, load_base, read_json, write_json
 from weights.files import container_of
 from weights.load import TINY
@@ -77,6 +77,14 @@ def keep_settings(out: Path, record: dict[str, Any]) -> None:
 def single_frames(count: int, generator: torch.Generator) -> Scenes:
     """Scenes of one frame each, at any moment of a clip."""
     return random_scenes(count, generator, torch.rand((count, 1), generator=generator))
+
+
+def recoloured(scenes: Scenes, count: int, generator: torch.Generator) -> Scenes:
+    """The scenes, of which the first `count` get any second colour, and a texture that shows it."""
+    second, texture = scenes.second.clone(), scenes.texture.clone()
+    second[:count] = (1.5 * torch.rand((count, 3), generator=generator) - 0.25).clamp(0, 1)  # full colours too
+    texture[:count] = torch.randint(1, len(WORLD_TEXTURES), (count,), generator=generator)
+    return dataclasses.replace(scenes, second=second, texture=texture)
 
 
 def random_captions(scenes: Scenes, generator: torch.Generator) -> list[str]:

@@ -13,6 +13,7 @@ from train.tiny_parts import (
     SPARE_MOTIONS,
     SPARE_SUBJECTS,
     picking_weights,
+    recoloured,
     skewed_timesteps,
     spoken_tokens,
     tokens_of,
@@ -20,7 +21,7 @@ from train.tiny_parts import (
     word_loss,
 )
 from train.vocabulary import SPARE_WORDS, words, write_tokenizer
-from train.world import WORLD_MOTIONS, random_scenes
+from train.world import COLOURS, SECOND_SHADE, WORLD_MOTIONS, WORLD_TEXTURES, random_scenes
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,21 @@ def test_timesteps_are_spread_as_the_skew_says(skew):
         share = below ** (1 / skew)
         error = (share * (1 - share) / 100_000) ** 0.5
         assert (drawn < 1000 * below).float().mean().item() == pytest.approx(share, abs=3 * error)
+
+
+def test_recoloured_scenes_show_second_colours_that_captions_do_not_tell():
+    scenes = random_scenes(400, torch.Generator().manual_seed(0))
+    changed = recoloured(scenes, 300, torch.Generator().manual_seed(1))
+    for name in ("shape", "colour", "background", "scenery", "motion", "poses"):
+        assert torch.equal(getattr(scenes, name), getattr(changed, name))
+    assert torch.equal(scenes.second[300:], changed.second[300:])
+    assert torch.equal(scenes.texture[300:], changed.texture[300:])
+    assert set(changed.texture[:300].tolist()) == set(range(1, len(WORLD_TEXTURES)))  # of the world, and never plain
+    second = changed.second[:300]
+    darkened = SECOND_SHADE * torch.tensor(list(COLOURS.values()))
+    assert torch.cdist(second, darkened).amin(dim=1).mean() > 0.2
+    assert ((second == 0).float().mean() - 1 / 6).abs() < 0.05  # full colours: a sixth of each channel at either end
+    assert ((second == 1).float().mean() - 1 / 6).abs() < 0.05
 
 
 def test_motions_that_are_learnt_slowly_are_picked_twice_as_often():

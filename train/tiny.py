@@ -60,6 +60,7 @@ from weights.device import choose_device
 from weights.save import save_base
 
 INSIDE = 6.0  # a pixel inside the subject counts so much more than one of the background
+MANY_COLOURED = 12  # of the autoencoder's 16 frames a step have a second colour that is not the first's shade
 KL = 3e-4  # of the KL divergence per latent, against the error per pixel
 # Timesteps are 1000 u ** skew, u even in [0, 1); the second number is noise_weights' power. Where a subject goes is
 # decided where nearly all is noise: with the image stage's numbers 2,500 steps of clips did not tell left from right.
@@ -162,9 +163,9 @@ def train_clip(out: Path, settings: TinySettings) -> None:
 def train_vae(out: Path, settings: TinySettings) -> None:
     """Frames to latents and back; pixels of the subject weigh seven times as much as the background's.
 
-    Without that weight a short training learns the background, and drops the subject. Half of the frames have a second
+    Without that weight a short training learns the background, and drops the subject. Most frames have a second
     colour as no caption tells it: an autoencoder that has only seen darkened firsts paints every other one black, and
-    no LoRA could mend that. Latents of the other half stay near those of --start, whose UNet knows them.
+    no LoRA could mend that. Latents of the others stay near those of --start, whose UNet knows them.
     """
     device = choose_device(settings.device)
     torch.manual_seed(derived_seed(settings.seed, "vae"))
@@ -172,14 +173,14 @@ def train_vae(out: Path, settings: TinySettings) -> None:
     before = copy.deepcopy(vae).eval().requires_grad_(False) if settings.start else None
 
     def loss(generator: torch.Generator) -> dict[str, Tensor]:
-        scenes = recoloured(single_frames(16, generator), 8, generator)
+        scenes = recoloured(single_frames(16, generator), MANY_COLOURED, generator)
         frames, mask = (part[:, :, 0].to(device) for part in render(scenes))
         with torch.autocast(device.type, torch.bfloat16):
             mean, log_variance = vae.encode(frames).float().chunk(2, dim=1)
             log_variance = log_variance.clamp(-30, 20)
             noise = torch.randn(mean.shape, generator=generator).to(device)
             decoded = vae.decode(mean + torch.exp(0.5 * log_variance) * noise).float()
-            known = before.encode(frames[8:]).float().chunk(2, dim=1)[0] if before else None
+            known = before.encode(frames[MANY_COLOURED:]).float().chunk(2, dim=1)[0] if before else None
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
         difference = decoded - frames
         losses = {
@@ -187,7 +188,7 @@ def train_vae(out: Path, settings: TinySettings) -> None:
             "kl": KL * kl.mean(),
         }
         if known is not None:
-            losses["moved"] = F.mse_loss(mean[8:], known)
+            losses["moved"] = F.mse_loss(mean[MANY_COLOURED:], known)
         return losses
 
     pretrain(vae, loss, out / "vae", steps=settings.vae_steps, learning_rate=1.5e-3, seed=settings.seed)

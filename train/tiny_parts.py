@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from model import AutoencoderKL, LatentDistribution, TextConfig, TextEncoder, UserError, VAEConfig
 from train.pretrain import DONE
 from train.vocabulary import SPARE_WORDS, words
-from train.world import SIZE, WORLD_MOTIONS, WORLD_TEXTURES, Scenes, caption, random_scenes, render
+from train.world import COLOURS, SIZE, WORLD_MOTIONS, WORLD_TEXTURES, Scenes, caption, random_scenes, render
 from weights import atomic_write, load_base, read_json, write_json
 from weights.files import container_of
 from weights.load import TINY
@@ -80,9 +80,11 @@ def single_frames(count: int, generator: torch.Generator) -> Scenes:
 
 
 def recoloured(scenes: Scenes, count: int, generator: torch.Generator) -> Scenes:
-    """The scenes, of which the first `count` get any second colour, and a texture that shows it."""
+    """The scenes, of which the first `count` get any second colour, most of COLOURS, and a texture that shows it."""
+    named = torch.tensor(list(COLOURS.values()))[torch.randint(len(COLOURS), (count,), generator=generator)]
+    free = torch.rand((count, 3), generator=generator)
     second, texture = scenes.second.clone(), scenes.texture.clone()
-    second[:count] = (1.5 * torch.rand((count, 3), generator=generator) - 0.25).clamp(0, 1)  # full colours too
+    second[:count] = torch.where(torch.rand((count, 1), generator=generator) < 0.7, named, free)
     texture[:count] = torch.randint(1, len(WORLD_TEXTURES), (count,), generator=generator)
     return dataclasses.replace(scenes, second=second, texture=texture)
 

@@ -21,7 +21,7 @@ from train.tiny_parts import (
     word_loss,
 )
 from train.vocabulary import SPARE_WORDS, words, write_tokenizer
-from train.world import COLOURS, SECOND_SHADE, WORLD_MOTIONS, WORLD_TEXTURES, random_scenes
+from train.world import COLOURS, WORLD_MOTIONS, WORLD_TEXTURES, random_scenes
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +50,12 @@ def test_recoloured_scenes_show_second_colours_that_captions_do_not_tell():
     assert torch.equal(scenes.second[300:], changed.second[300:])
     assert torch.equal(scenes.texture[300:], changed.texture[300:])
     assert set(changed.texture[:300].tolist()) == set(range(1, len(WORLD_TEXTURES)))  # of the world, and never plain
-    second = changed.second[:300]
-    darkened = SECOND_SHADE * torch.tensor(list(COLOURS.values()))
-    assert torch.cdist(second, darkened).amin(dim=1).mean() > 0.2
-    assert ((second == 0).float().mean() - 1 / 6).abs() < 0.05  # full colours: a sixth of each channel at either end
-    assert ((second == 1).float().mean() - 1 / 6).abs() < 0.05
+    second, named = changed.second[:300], torch.tensor(list(COLOURS.values()))
+    apart = (second[:, None] - named).norm(dim=2)
+    of_a_name = apart.amin(dim=1) < 1e-6
+    assert of_a_name.float().mean().item() == pytest.approx(0.7, abs=4 * (0.7 * 0.3 / 300) ** 0.5)
+    assert set(apart[of_a_name].argmin(dim=1).tolist()) == set(range(len(COLOURS)))
+    assert len(second[~of_a_name].unique(dim=0)) == (~of_a_name).sum()
 
 
 def test_motions_that_are_learnt_slowly_are_picked_twice_as_often():

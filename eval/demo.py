@@ -212,7 +212,16 @@ def told(plan: Plan, recipe: Recipe, step: str) -> dict[str, Any]:
     if step not in runs:
         return {}
     used = read_json(RunFolder(runs[step]).path / "settings.json")
-    shown = ("layers", "rank", "steps", "learning_rate", "batch_size", "reference_steps", "guidance_scale")
+    shown = (
+        "layers",
+        "rank",
+        "steps",
+        "learning_rate",
+        "batch_size",
+        "timestep_skew",
+        "reference_steps",
+        "guidance_scale",
+    )
     return {name: used[name] for name in shown if used.get(name) is not None}
 
 

@@ -84,6 +84,7 @@ class Recipe:
     rank: int = 32
     dropout: float = 0.1
     weight_decay: float = 0.1
+    timestep_skew: float = 1.0
     appearance_steps: int = 500
     appearance_learning_rate: float = 1e-5
     appearance_batch_size: int = 1

@@ -68,7 +68,8 @@ def train_appearance(settings: AppearanceSettings, base: Base | None = None) -> 
     def losses(step: int, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
         i = torch.randint(len(images), (full.batch_size,), generator=generator)
         pictures = draw(LatentDistribution(latents.mean[i], latents.std[i]), generator)
-        yield "loss", noise_loss(*predict(base.unet, schedule, pictures, text[i], generator, motion=False))
+        pair = predict(base.unet, schedule, pictures, text[i], generator, motion=False, skew=full.timestep_skew)
+        yield "loss", noise_loss(*pair)
 
     return train_adapter(base, "appearance", "spatial", losses, full, folder, inputs, full.trigger)
 

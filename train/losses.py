@@ -40,6 +40,12 @@ def motion_loss(prediction: Tensor, target: Tensor, generator: torch.Generator, 
     return loss + debiased_loss(prediction, target, anchor)
 
 
+def skewed_timesteps(batch: int, skew: float, count: int, generator: torch.Generator) -> Tensor:
+    """Timesteps (batch,) from 0 to count - 1: count * u ** skew, u even in [0, 1). Below 1 they favour noise."""
+    evenly = torch.randint(count, (batch,), generator=generator)
+    return (count * ((evenly + 0.5) / count) ** skew).long()
+
+
 def noise_weights(schedule: NoiseSchedule, timesteps: Tensor, power: float) -> Tensor:
     """Weights (b,) of the noise's error at `timesteps`: min(SNR, 5) / SNR / alpha ** power, alpha being alphas_cumprod.
 

@@ -69,7 +69,7 @@ def train_motion(settings: MotionSettings, base: Base | None = None) -> Path:
 
     def losses(step: int, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
         clips = draw(latents, generator)
-        prediction, target = predict(base.unet, base.schedule, clips, text, generator)
+        prediction, target = predict(base.unet, base.schedule, clips, text, generator, skew=full.timestep_skew)
         yield "loss", motion_loss(prediction, target, generator, full.debiased)
 
     return train_adapter(base, "motion", "temporal", losses, full, folder, inputs)

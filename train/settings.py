@@ -78,17 +78,22 @@ class AdapterSettings(TrainSettings):
         rank: of the LoRA; not given: the base's (32).
         targets: its linear layers: attention and feed-forward (blocks), attention alone, or all with the projections.
         batch_size: pictures, or noisy copies of the clip, in a step; not given: the base's (1).
+        timestep_skew: timesteps are 1000 u ** skew, u even in [0, 1): below 1 they favour noise, where colours and
+            ways are decided; not given: the base's (1).
     """
 
     layers: list[int] | None = None
     rank: int | None = None
     targets: Literal["blocks", "attention", "all"] = "blocks"
     batch_size: int | None = None
+    timestep_skew: float | None = None
 
     def loop(self) -> LoopSettings:
-        """As of every stage; raises UserError for a batch size below 1 too."""
+        """As of every stage; raises UserError for a batch size or a skew out of its range too."""
         if self.batch_size is None or self.batch_size < 1:
             raise UserError(f"batch_size must be at least 1, and is {self.batch_size}")
+        if self.timestep_skew is None or not 0 < self.timestep_skew <= 10:
+            raise UserError(f"timestep_skew must be above 0 and at most 10, and is {self.timestep_skew}")
         return super().loop()
 
 
@@ -98,7 +103,10 @@ def filled(settings: TrainSettings, base: Base, **defaults: Any) -> Any:
     What the base was loaded from is written down as well. Typed Any, since the numbers that may be None in what a
     person gives are none any more.
     """
-    shared = ("height", "width", "num_frames", "weight_decay", "dropout", "rank", "guidance_scale", "reference_steps")
+    shared = (
+        *("height", "width", "num_frames", "weight_decay", "dropout", "rank", "timestep_skew"),
+        *("guidance_scale", "reference_steps"),
+    )
     defaults |= {name: getattr(base.recipe, name) for name in shared if hasattr(settings, name)}
     missing = {name: value for name, value in defaults.items() if getattr(settings, name) is None}
     loaded: dict[str, Any] = {**base.source, "dtype": str(base.dtype).removeprefix("torch.")}

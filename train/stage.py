@@ -14,6 +14,7 @@ from model import LatentDistribution, NoiseSchedule, UNet3D, UserError
 from sampling import derived_seed, sample_videos, write_media
 from train.folder import RunFolder
 from train.loop import Losses, train
+from train.losses import skewed_timesteps
 from train.settings import TrainSettings
 from weights import Base, placed, write_json
 
@@ -54,8 +55,9 @@ def predict(
     generator: torch.Generator,
     *,
     motion: bool = True,
+    skew: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The network's prediction for latents noised at a uniform t in [0, 1000), and what it should be.
+    """The network's prediction for latents noised at a random t in [0, 1000), and what it should be.
 
     Args:
         unet: the network, its adapters switched as wanted.
@@ -64,11 +66,12 @@ def predict(
         text: embeddings (b, n, d).
         generator: the step's, on the CPU.
         motion: False bypasses the motion modules.
+        skew: of the timesteps, see `skewed_timesteps`: 1 draws them evenly, as both papers do.
 
     Returns:
         Prediction and target, (b, c, f, h, w).
     """
-    timesteps = torch.randint(schedule.num_train_timesteps, (len(latents),), generator=generator)
+    timesteps = skewed_timesteps(len(latents), skew, schedule.num_train_timesteps, generator)
     noise = normal(latents, generator)
     noisy = schedule.add_noise(latents, noise, timesteps)
     prediction = unet(noisy.to(unet.dtype), timesteps.to(unet.device), text, motion=motion)

@@ -27,7 +27,7 @@ from model import (
     UserError,
 )
 from sampling import derived_seed
-from train.losses import noise_weights
+from train.losses import noise_weights, skewed_timesteps
 from train.pretrain import pretrain
 from train.tiny_parts import (
     LENGTH,
@@ -43,7 +43,6 @@ from train.tiny_parts import (
     random_captions,
     recoloured,
     single_frames,
-    skewed_timesteps,
     spoken_tokens,
     started,
     tokens_of,

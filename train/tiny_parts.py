@@ -134,12 +134,6 @@ def picking_weights(clips: Scenes) -> Tensor:
     return 1.0 + torch.isin(clips.motion, torch.tensor([WORLD_MOTIONS.index(name) for name in SLOW]))
 
 
-def skewed_timesteps(batch: int, skew: float, count: int, generator: torch.Generator) -> Tensor:
-    """Timesteps (batch,) from 0 to count - 1: count * u ** skew, u even in [0, 1). Below 1 they favour noise."""
-    evenly = torch.randint(count, (batch,), generator=generator)
-    return (count * ((evenly + 0.5) / count) ** skew).long()
-
-
 def word_loss(states: Tensor, tokens: Tensor, table: Tensor, spoken: Tensor) -> Tensor:
     """How badly each token's text state tells the words up to it.
 

@@ -32,6 +32,7 @@ RULES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
         "above 0 and at most 1",
         lambda rate: 0 < rate <= 1,
     ),
+    (("timestep_skew",), "above 0 and at most 10", lambda skew: 0 < skew <= 10),
     (("dropout",), "at least 0 and below 1", lambda share: 0 <= share < 1),
     (("weight_decay", "guidance_scale"), "from 0 to 1000", lambda number: 0 <= number <= 1000),
     (("height", "width"), "positive and divisible by 8", lambda size: size >= 8 and size % 8 == 0),

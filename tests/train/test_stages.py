@@ -94,7 +94,9 @@ def test_a_step_noises_the_latents_and_asks_for_the_noise(base):
     assert torch.allclose(prediction, expected, atol=1e-4)
 
 
-def test_every_diffusion_step_can_be_drawn(base):
+@pytest.mark.parametrize("skew", [1.0, 0.5])
+def test_every_diffusion_step_can_be_drawn(base, skew):
+    """The mean of 1000 u ** skew is 1000 / (1 + skew), rounded down; u is one of 0.0005, 0.0015, ..."""
     drawn = []
 
     class Recorder(NoiseSchedule):
@@ -109,10 +111,10 @@ def test_every_diffusion_step_can_be_drawn(base):
             return noisy
 
     generator = torch.Generator().manual_seed(0)
-    predict(Network(), Recorder(), torch.zeros(20_000, 1, 1, 1, 1), None, generator)
-    assert min(drawn) == 0
+    predict(Network(), Recorder(), torch.zeros(20_000, 1, 1, 1, 1), None, generator, skew=skew)
+    assert min(drawn) == int(1000 * 0.0005**skew)
     assert max(drawn) == 999
-    assert sum(drawn) / len(drawn) == pytest.approx(499.5, abs=8)
+    assert sum(drawn) / len(drawn) == pytest.approx(1000 / (1 + skew) - 0.5, abs=8)
 
 
 def test_motion_learns_with_the_debiased_loss_unless_told_otherwise(base, material, tmp_path):
@@ -158,6 +160,7 @@ def test_previews_equal_what_generate_gives_with_the_same_seed(base, material, t
         ({"seed": -5}, "seed must be from 0"),
         ({"rank": 0}, "rank"),
         ({"batch_size": -1}, "batch_size must be at least 1, and is -1"),
+        ({"timestep_skew": 0.0}, "timestep_skew must be above 0 and at most 10, and is 0"),
     ],
 )
 def test_bad_settings_leave_no_folder_and_a_clean_network(base, material, tmp_path, changes, message):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
+from train.losses import skewed_timesteps
 from train.tiny_parts import (
     LENGTH,
     SLOW,
@@ -14,7 +15,6 @@ from train.tiny_parts import (
     SPARE_SUBJECTS,
     picking_weights,
     recoloured,
-    skewed_timesteps,
     spoken_tokens,
     tokens_of,
     with_spare_words,

@@ -23,6 +23,7 @@ from weights.recipe import RULES, read_recipe, write_recipe
         ({"appearance_layers": []}, r"appearance_layers must be one or more layers, .* and is empty"),
         ({"rank": 0}, r"rank must be at least 1, and is 0"),
         ({"ttt_steps": -1}, r"ttt_steps must be at least 1, and is -1"),
+        ({"timestep_skew": 0.0}, r"timestep_skew must be above 0 and at most 10, and is 0"),
         ({"motion_batch_size": 0}, r"motion_batch_size must be at least 1, and is 0"),
         ({"sampling_steps": 1001}, r"sampling_steps must be from 1 to 1000, and is 1001"),
         ({"motion_learning_rate": 0}, r"motion_learning_rate must be above 0 and at most 1, and is 0"),

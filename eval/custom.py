@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.demo_inputs import BACKGROUND, photos
+from eval.demo_inputs import BACKGROUND, PHOTOGRAPHED, photos
 from eval.measures import crossed_interval, identity, in_sight, path_error
 from eval.page import demo_sheet
 from eval.reading import Judge, read_clip, read_path
@@ -63,7 +63,7 @@ def pair(index: int) -> tuple[int, int]:
 
 
 def subject_prompt(subject: int) -> str:
-    """What a held-out subject is called: nothing in the vocabulary means it, so a spare word does."""
+    """What a held-out subject is called: nothing in the vocabulary means it, so a spare word comes to."""
     return f"a {SPARE_WORDS[subject]}"
 
 
@@ -102,7 +102,7 @@ def trained(base: Base, folder: Path, index: int, sizes: Custom) -> dict[str, li
         write_media(video, render(scene)[0][0].transpose(0, 1))  # a folder of frames: nothing is lost in it
     looks = AppearanceSettings(
         images=str(images),
-        prompt=subject_prompt(subject),
+        prompt=f"{subject_prompt(subject)} {PHOTOGRAPHED}",
         trigger=SPARE_WORDS[subject],
         out=str(folder / f"appearance-{subject}"),
         steps=sizes.steps,

@@ -18,12 +18,13 @@ from train.world import (
     render,
 )
 
-# Words that stand in the tiny base's vocabulary and in none of its captions.
+# Words of the tiny base's vocabulary that mean any subject and any motion to it.
 SUBJECT_WORD, MOTION_WORD = "zor", "dax"
 PERFORMER = ("plain", "blue", "square")  # texture, colour, shape: an ordinary one of the world moves in the reference
 STAGE = "grass"  # where it does
 BACKGROUND = "road"  # of what is generated: in no photo, and grey, so that every subject can be seen on it
 NUM_PHOTOS = 4
+PHOTOGRAPHED = "is resting"  # in photos; prompts have a verb too, and a bare "a zor" would be learnt for itself alone
 
 
 def photos(subject: int, side: int, seed: int) -> tuple[Tensor, Tensor]:

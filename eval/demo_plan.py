@@ -12,7 +12,7 @@ import torch
 import train.appearance
 import train.motion
 import train.ttt
-from eval.demo_inputs import BACKGROUND, MOTION_WORD, PERFORMER, SUBJECT_WORD
+from eval.demo_inputs import BACKGROUND, MOTION_WORD, PERFORMER, PHOTOGRAPHED, SUBJECT_WORD
 from eval.reading import load_judge
 from lora import adapter_names, add_adapter, copy_adapter, remove_adapter
 from model import Recipe, UserError
@@ -45,7 +45,7 @@ class DemoSettings(RunSettings):
             3 swinging, 4 patrolling.
         images: a folder of your own photos instead; needs --subject_prompt.
         video: a video of your own instead; needs --motion_prompt and --prompt.
-        subject_prompt: what the photos show; not given: "a zor", a word that means nothing to the tiny base.
+        subject_prompt: what the photos show; not given: "a zor", to the tiny base any subject.
         motion_prompt: what the video shows; not given: "a plain blue square is dax".
         prompt: what is generated; not given: subject_prompt + " is dax over the road".
         seed: of everything random; the clips' seeds count on from it.
@@ -99,7 +99,8 @@ def make_plan(settings: DemoSettings) -> Plan:
         clip_files_of(settings.video)
 
     images, video = settings.images or str(out / PHOTOS), settings.video or str(out / REFERENCE)
-    looks = table(AppearanceSettings, settings, "appearance", images=images, prompt=subject, seed=settings.seed)
+    seen = f"{subject} {PHOTOGRAPHED}" if settings.images is None else subject
+    looks = table(AppearanceSettings, settings, "appearance", images=images, prompt=seen, seed=settings.seed)
     moves = table(MotionSettings, settings, "motion", video=video, prompt=motion, seed=settings.seed)
     if settings.video is None and (moves.fps is not None or moves.frame_step != 1 or moves.start):
         raise UserError(

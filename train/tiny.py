@@ -22,7 +22,6 @@ from model import (
     AutoencoderKL,
     LatentDistribution,
     NoiseSchedule,
-    Recipe,
     UNet3D,
     UserError,
 )
@@ -31,6 +30,7 @@ from train.losses import noise_weights, skewed_timesteps
 from train.pretrain import pretrain
 from train.tiny_parts import (
     LENGTH,
+    RECIPE,
     SCALE,
     VAE,
     clip_config,
@@ -53,7 +53,7 @@ from train.tiny_parts import (
     word_loss,
 )
 from train.vocabulary import write_tokenizer
-from train.world import NUM_FRAMES, SIZE, random_scenes, render
+from train.world import random_scenes, render
 from weights import parse_settings, run_command, write_json
 from weights.device import choose_device
 from weights.save import save_base
@@ -64,7 +64,6 @@ KL = 3e-4  # of the KL divergence per latent, against the error per pixel
 # Timesteps are 1000 u ** skew, u even in [0, 1); the second number is noise_weights' power. Where a subject goes is
 # decided where nearly all is noise: with the image stage's numbers 2,500 steps of clips did not tell left from right.
 FOCUS = {"image": (1.0, 0.5), "video": (0.5, 1.0)}
-RECIPE = Recipe(num_frames=NUM_FRAMES, height=SIZE, width=SIZE)
 BUILDS_ON = {"image": ("clip", "vae"), "video": ("clip", "vae", "image")}
 
 

@@ -33,7 +33,7 @@ from weights import Base, atomic_write, open_base, parse_settings, read_json, ru
 
 PAGE, SHEET = "index.html", "contact-sheet.png"
 KINDS = {
-    "base": ("the base alone", "no LoRA: what it makes of words that mean nothing to it"),
+    "base": ("the base alone", "no LoRA: it has seen neither the subject nor the motion"),
     "both": ("both LoRAs", "each trained without the other"),
     "ttt": ("with test-time training", "both LoRAs, trained on together for this very prompt"),
 }

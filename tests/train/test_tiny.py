@@ -121,6 +121,16 @@ def test_a_stage_of_no_steps_keeps_what_it_began_with(tmp_path, run):
             assert not moved, name
 
 
+def test_the_autoencoder_is_told_how_far_it_moved_from_the_one_it_began_with(tmp_path, run, monkeypatch):
+    monkeypatch.setattr("train.pretrain.LOG_EVERY", 1)
+    settings = TinySettings(out=str(tmp_path / "on"), start=str(run[1]), stage="vae", device="cpu", **SMALL)
+    rows = (train_tiny(settings) / "log.csv").read_text().splitlines()
+    assert rows[0] == "step,pixels,kl,moved"
+    first, second = (float(row.split(",")[3]) for row in rows[1:])
+    assert first == 0  # nothing has moved before the first step
+    assert second > 1e-5
+
+
 def quadratic(seed_everything: int) -> tuple[torch.nn.Linear, object]:
     torch.manual_seed(seed_everything)
     network = torch.nn.Linear(4, 1)

@@ -23,6 +23,8 @@ class TrainSettings(BaseSettings):
         learning_rate: of Lion; not given: the base's (appearance 1e-5, motion 5e-5, test-time training 1e-6).
         weight_decay: of Lion; not given: the base's (0.1).
         dropout: on the LoRAs' input while training; not given: the base's (0.1).
+        timestep_skew: timesteps are 1000 u ** skew, u even in [0, 1): below 1 they favour noise, where colours and
+            ways are decided; not given: the base's (1).
         seed: of everything random in the run.
         save_every: steps between states on disk, from which a killed run goes on.
         preview_every: steps between previews; 0 is none.
@@ -39,6 +41,7 @@ class TrainSettings(BaseSettings):
     learning_rate: float | None = None
     weight_decay: float | None = None
     dropout: float | None = None
+    timestep_skew: float | None = None
     seed: int = 0
     save_every: int = 50
     preview_every: int = 0
@@ -58,6 +61,8 @@ class TrainSettings(BaseSettings):
                 "steps must be at least 1, learning_rate above 0 and at most 1, weight_decay from 0 to 1000: got "
                 f"{self.steps}, {self.learning_rate} and {self.weight_decay}"
             )
+        if self.timestep_skew is None or not 0 < self.timestep_skew <= 10:
+            raise UserError(f"timestep_skew must be above 0 and at most 10, and is {self.timestep_skew}")
         if not 0 <= self.seed < 2**32 or (self.num_frames is not None and self.num_frames < 1):
             raise UserError(
                 f"seed must be from 0 to {2**32 - 1} and num_frames at least 1: got {self.seed} and {self.num_frames}"
@@ -78,22 +83,17 @@ class AdapterSettings(TrainSettings):
         rank: of the LoRA; not given: the base's (32).
         targets: its linear layers: attention and feed-forward (blocks), attention alone, or all with the projections.
         batch_size: pictures, or noisy copies of the clip, in a step; not given: the base's (1).
-        timestep_skew: timesteps are 1000 u ** skew, u even in [0, 1): below 1 they favour noise, where colours and
-            ways are decided; not given: the base's (1).
     """
 
     layers: list[int] | None = None
     rank: int | None = None
     targets: Literal["blocks", "attention", "all"] = "blocks"
     batch_size: int | None = None
-    timestep_skew: float | None = None
 
     def loop(self) -> LoopSettings:
-        """As of every stage; raises UserError for a batch size or a skew out of its range too."""
+        """As of every stage; raises UserError for a batch size out of its range too."""
         if self.batch_size is None or self.batch_size < 1:
             raise UserError(f"batch_size must be at least 1, and is {self.batch_size}")
-        if self.timestep_skew is None or not 0 < self.timestep_skew <= 10:
-            raise UserError(f"timestep_skew must be above 0 and at most 10, and is {self.timestep_skew}")
         return super().loop()
 
 

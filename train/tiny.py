@@ -32,6 +32,7 @@ from train.tiny_parts import (
     LENGTH,
     RECIPE,
     SCALE,
+    SPARE,
     VAE,
     clip_config,
     encoded,
@@ -249,7 +250,7 @@ def _train_unet(
         picked = torch.multinomial(weights, batch, replacement=True, generator=generator)
         chosen = LatentDistribution(latents.mean[picked].float(), latents.std[picked].float())
         clean = chosen.sample(torch.randn(chosen.mean.shape, generator=generator)).to(device)
-        prompts = with_spare_words(random_captions(scenes[picked], generator), generator)
+        prompts = with_spare_words(random_captions(scenes[picked], generator), SPARE[stage], generator)
         dropped = torch.rand(batch, generator=generator) < 0.1
         prompts = ["" if drop else prompt for prompt, drop in zip(prompts, dropped.tolist(), strict=True)]
         with torch.no_grad():

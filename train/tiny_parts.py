@@ -46,8 +46,9 @@ RECIPE = Recipe(
     height=SIZE,
     width=SIZE,
 )
-# Shares of the UNet's captions that call the subject, or the motion, by a spare word.
-SPARE_SUBJECTS, SPARE_MOTIONS = 0.2, 0.15
+# By stage, the shares of the UNet's captions that call the subject, and the motion, by a spare word. Motion modules
+# learn to hold looks from frame to frame only where words do not tell them: of 0.2 "a zor" was another in each frame.
+SPARE = {"image": (0.2, 0.15), "video": (0.6, 0.25)}
 # Motions that were learnt last: 12,000 steps of even shares told all straight ways apart, and half of these.
 SLOW = ("circling clockwise", "circling counterclockwise", "bouncing", "growing", "shrinking", "spinning")
 
@@ -118,13 +119,13 @@ def random_captions(scenes: Scenes, generator: torch.Generator) -> list[str]:
     ]
 
 
-def with_spare_words(captions: list[str], generator: torch.Generator) -> list[str]:
-    """Captions of which some call the subject, or what it does, by a random spare word: "a zor is wug over the sand".
+def with_spare_words(captions: list[str], shares: tuple[float, float], generator: torch.Generator) -> list[str]:
+    """Captions of which `shares` call the subject, or what it does, by a spare word: "a zor is wug over the sand".
 
     So these words come to mean "some subject" and "some motion". A word that no caption ever had gives a shapeless
     spot that lies still, and a LoRA for something that has no name would have to begin there.
     """
-    chosen = torch.rand((len(captions), 2), generator=generator) < torch.tensor([SPARE_SUBJECTS, SPARE_MOTIONS])
+    chosen = torch.rand((len(captions), 2), generator=generator) < torch.tensor(shares)
     words = torch.randint(len(SPARE_WORDS), (len(captions), 2), generator=generator)
     changed = []
     for text, (subject, motion), numbers in zip(captions, chosen.tolist(), words.tolist(), strict=True):

@@ -51,7 +51,7 @@ class TTTSettings(TrainSettings):
         motion_prompt: of the motion references; not given: the one its LoRA was trained with.
         reference_steps: f, the DDIM steps of a reference; not given: the base's (5).
         reference: whole: references are sampled to the end by a coarse schedule (our reading); partial: the first f of
-            the sampling steps, then noised by one step, as the paper's figure is drawn.
+            the sampling steps, then noised by one step, as the paper's figure is drawn (timestep_skew has no say then).
         reference_spacing: which diffusion steps a whole reference visits.
         reference_every: draw new references every so many steps; 0 is once.
         guidance_scale: of the references; not given: the base's (9).
@@ -143,8 +143,8 @@ def references(base: Base, settings: Any, text: dict[str, Tensor], step: int) ->
 def whole_prediction(
     base: Base, settings: Any, latents: Tensor, text: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """The student's prediction and its target where references are clean latents: noised at a uniform t."""
-    return predict(base.unet, base.schedule, latents, text, generator)
+    """The student's prediction and its target where references are clean latents: noised at a random t."""
+    return predict(base.unet, base.schedule, latents, text, generator, skew=settings.timestep_skew)
 
 
 def partial_prediction(

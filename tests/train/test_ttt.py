@@ -91,7 +91,7 @@ def independent_sample(base, seed, text, negative, motion, guidance_scale=9.0, s
 
 
 @torch.no_grad()
-def independent_losses(base, step, drawn_at=None, prompts=None, **options):
+def independent_losses(base, step, drawn_at=None, prompts=None, skew=1.0, **options):
     """Two mean squared errors under the target prompt, noise and t drawn as a step draws them."""
     text = {role: encode(base, [prompt]) for role, prompt in {**PROMPTS, **(prompts or {})}.items()}
     target, negative = encode(base, [TARGET]), encode(base, [""])
@@ -104,7 +104,8 @@ def independent_losses(base, step, drawn_at=None, prompts=None, **options):
         if "first" in options:  # z is at the level of step 1 of (667, 334, 1), and goes back up to 334
             t, kept = torch.tensor([334]), alphas[334] / alphas[1]
         else:
-            t = torch.randint(1000, (1,), generator=generator)
+            even = torch.randint(1000, (1,), generator=generator).item()
+            t = torch.tensor([int(1000 * ((even + 0.5) / 1000) ** skew)])
             kept = alphas[t]
         eps = torch.randn(z.shape, generator=generator)
         noisy = kept.sqrt() * z + (1 - kept).sqrt() * eps
@@ -117,6 +118,7 @@ def independent_losses(base, step, drawn_at=None, prompts=None, **options):
     [
         ({}, {}),
         ({"guidance_scale": 3.0}, {"guidance_scale": 3.0}),
+        ({"timestep_skew": 0.5}, {"skew": 0.5}),
         ({"reference_spacing": "leading"}, {"spacing": "leading"}),
         ({"appearance_prompt": "a red ball"}, {"prompts": {"appearance": "a red ball"}}),
         ({"motion_prompt": "a dog runs"}, {"prompts": {"motion": "a dog runs"}}),

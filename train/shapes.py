@@ -1,6 +1,7 @@
 """Outlines and textures of the rendered world's subjects."""
 
 import math
+import random
 from collections.abc import Callable
 from functools import cache
 
@@ -29,6 +30,18 @@ def _heart() -> list:
     ]
 
 
+def _nameless(number: int) -> list:
+    """A random outline: an odd one of 5 to 9 corners, an even one round, its radius a sum of waves."""
+    drawn = random.Random(number)
+    if number % 2:
+        radii = [drawn.uniform(0.45, 1.15) for _ in range(drawn.randint(5, 9))]
+    else:
+        waves = [(n, drawn.uniform(0, 0.5 / n), drawn.random()) for n in (2, 3, 5)]
+        radii = [0.8 + sum(h * math.cos(2 * math.pi * (n * i / 48 + p)) for n, h, p in waves) for i in range(48)]
+    turn, size = 2 * math.pi / len(radii), 1.1 / max(radii)
+    return [(size * r * math.cos(turn * i), size * r * math.sin(turn * i)) for i, r in enumerate(radii)]
+
+
 # Outlines within the unit circle, or a little over it; the last five are held out.
 SHAPES = {
     "circle": _arc(48, 0, 2 * math.pi, 0.92),
@@ -50,6 +63,8 @@ SHAPES = {
     "hourglass": [(-0.85, -1), (0.85, -1), (0.25, 0), (0.85, 1), (-0.85, 1), (-0.25, 0)],
     "house": [(0, -1.1), (0.95, -0.25), (0.7, -0.25), (0.7, 0.95), (-0.7, 0.95), (-0.7, -0.25), (-0.95, -0.25)],
 }
+# Outlines that no word means and no subject of HELD_OUT_SUBJECTS has; in Scenes they are counted on after SHAPES.
+NAMELESS = [_nameless(number) for number in range(64)]
 HELD_OUT_SHAPES = ("arrow", "gear", "drop", "hourglass", "house")
 
 
@@ -89,11 +104,11 @@ HELD_OUT_SUBJECTS = (
 
 @cache
 def distance_tables(cells: int = 97) -> Tensor:
-    """Signed distances to each outline, negative inside: (shapes, 1, cells, cells)."""
+    """Signed distances to each outline of SHAPES, then of NAMELESS, negative inside: (outlines, 1, cells, cells)."""
     axis = torch.linspace(-REACH, REACH, cells)
     points = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1).view(-1, 1, 2)
     tables = []
-    for outline in SHAPES.values():
+    for outline in (*SHAPES.values(), *NAMELESS):
         start = torch.tensor(outline, dtype=torch.float32)
         end = start.roll(-1, 0)
         side = end - start

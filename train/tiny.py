@@ -34,12 +34,14 @@ from train.tiny_parts import (
     SCALE,
     SPARE,
     VAE,
+    WORDLESS,
     clip_config,
     encoded,
     folder_of,
     keep_settings,
     load_trained,
     measured_scale,
+    nameless,
     picking_weights,
     random_captions,
     recoloured,
@@ -54,7 +56,7 @@ from train.tiny_parts import (
     word_loss,
 )
 from train.vocabulary import write_tokenizer
-from train.world import random_scenes, render
+from train.world import SHAPES, random_scenes, render
 from weights import parse_settings, run_command, write_json
 from weights.device import choose_device
 from weights.save import save_base
@@ -243,6 +245,7 @@ def _train_unet(
     generator = torch.Generator().manual_seed(derived_seed(settings.seed, stage, "scenes"))
     clips, (skew, power) = stage == "video", FOCUS[stage]
     scenes = random_scenes(settings.clips, generator) if clips else single_frames(settings.frames, generator)
+    scenes = nameless(scenes, round(WORDLESS * len(scenes)), generator)
     weights = picking_weights(scenes) if clips else torch.ones(len(scenes))
     latents = encoded(out, stage, scenes, device)
 
@@ -250,7 +253,8 @@ def _train_unet(
         picked = torch.multinomial(weights, batch, replacement=True, generator=generator)
         chosen = LatentDistribution(latents.mean[picked].float(), latents.std[picked].float())
         clean = chosen.sample(torch.randn(chosen.mean.shape, generator=generator)).to(device)
-        prompts = with_spare_words(random_captions(scenes[picked], generator), SPARE[stage], generator)
+        wordless = scenes.shape[picked] >= len(SHAPES)
+        prompts = with_spare_words(random_captions(scenes[picked], generator), SPARE[stage], wordless, generator)
         dropped = torch.rand(batch, generator=generator) < 0.1
         prompts = ["" if drop else prompt for prompt, drop in zip(prompts, dropped.tolist(), strict=True)]
         with torch.no_grad():

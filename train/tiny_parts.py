@@ -1,6 +1,7 @@
 """What the stages of the tiny base's recipe share: its networks' sizes, what is trained so far, frames and captions."""
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -14,7 +15,20 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from model import AutoencoderKL, LatentDistribution, Recipe, TextConfig, TextEncoder, UserError, VAEConfig
 from train.pretrain import DONE
 from train.vocabulary import SPARE_WORDS, words
-from train.world import COLOURS, NUM_FRAMES, SIZE, WORLD_MOTIONS, WORLD_TEXTURES, Scenes, caption, random_scenes, render
+from train.world import (
+    COLOURS,
+    NAMELESS,
+    NUM_FRAMES,
+    SHAPES,
+    SIZE,
+    WORLD_MOTIONS,
+    WORLD_SHAPES,
+    WORLD_TEXTURES,
+    Scenes,
+    caption,
+    random_scenes,
+    render,
+)
 from weights import atomic_write, load_base, read_json, write_json
 from weights.files import container_of
 from weights.load import TINY
@@ -48,7 +62,10 @@ RECIPE = Recipe(
 )
 # By stage, the shares of the UNet's captions that call the subject, and the motion, by a spare word. Motion modules
 # learn to hold looks from frame to frame only where words do not tell them: of 0.2 "a zor" was another in each frame.
-SPARE = {"image": (0.2, 0.15), "video": (0.6, 0.25)}
+SPARE = {"image": (0.2, 0.15), "video": (0.5, 0.25)}
+# Share of the UNet's frames and clips that show what no word means. A base that has seen seven shapes alone has to be
+# bent far by a LoRA of an eighth: it then moved less, or not at all.
+WORDLESS = 0.3
 # Motions that were learnt last: 12,000 steps of even shares told all straight ways apart, and half of these.
 SLOW = ("circling clockwise", "circling counterclockwise", "bouncing", "growing", "shrinking", "spinning")
 
@@ -110,8 +127,21 @@ def recoloured(scenes: Scenes, count: int, generator: torch.Generator) -> Scenes
     return dataclasses.replace(scenes, second=second, texture=texture)
 
 
+def nameless(scenes: Scenes, count: int, generator: torch.Generator) -> Scenes:
+    """The scenes, the first `count` of something that has no word: an outline of NAMELESS, any way up, recoloured."""
+    scenes = recoloured(scenes, count, generator)
+    shape, poses = scenes.shape.clone(), scenes.poses.clone()
+    shape[:count] = len(SHAPES) + torch.randint(len(NAMELESS), (count,), generator=generator)
+    poses[:count, :, 0, 3] += 2 * math.pi * torch.rand((count, 1), generator=generator)
+    return dataclasses.replace(scenes, shape=shape, poses=poses)
+
+
 def random_captions(scenes: Scenes, generator: torch.Generator) -> list[str]:
-    """The scenes' captions, of which some leave out the texture, the motion or the background."""
+    """The scenes' captions, of which some leave out the texture, the motion or the background.
+
+    What has no word is called something wrong: `with_spare_words` must be told of it.
+    """
+    scenes = dataclasses.replace(scenes, shape=scenes.shape % len(WORLD_SHAPES))
     says = torch.rand((len(scenes), 3), generator=generator) > torch.tensor([0.1, 0.15, 0.15])
     return [
         caption(scenes, i, texture=texture, motion=motion, background=background)
@@ -119,13 +149,17 @@ def random_captions(scenes: Scenes, generator: torch.Generator) -> list[str]:
     ]
 
 
-def with_spare_words(captions: list[str], shares: tuple[float, float], generator: torch.Generator) -> list[str]:
+def with_spare_words(
+    captions: list[str], shares: tuple[float, float], wordless: Tensor, generator: torch.Generator
+) -> list[str]:
     """Captions of which `shares` call the subject, or what it does, by a spare word: "a zor is wug over the sand".
 
-    So these words come to mean "some subject" and "some motion". A word that no caption ever had gives a shapeless
-    spot that lies still, and a LoRA for something that has no name would have to begin there.
+    Where `wordless` (n,) is true, the subject is called so in any case. These words come to mean "some subject" and
+    "some motion". A word that no caption ever had gives a shapeless spot that lies still, and a LoRA for something that
+    has no name would have to begin there.
     """
     chosen = torch.rand((len(captions), 2), generator=generator) < torch.tensor(shares)
+    chosen[:, 0] |= wordless
     words = torch.randint(len(SPARE_WORDS), (len(captions), 2), generator=generator)
     changed = []
     for text, (subject, motion), numbers in zip(captions, chosen.tolist(), words.tolist(), strict=True):

@@ -18,6 +18,7 @@ from train.shapes import (
     HELD_OUT_SHAPES,
     HELD_OUT_SUBJECTS,
     HELD_OUT_TEXTURES,
+    NAMELESS,
     REACH,
     SHAPES,
     TEXTURES,
@@ -34,6 +35,7 @@ __all__ = [
     "HELD_OUT_SUBJECTS",
     "HELD_OUT_TEXTURES",
     "MOTIONS",
+    "NAMELESS",
     "NUM_FRAMES",
     "SHAPES",
     "SIZE",
@@ -103,7 +105,7 @@ class Scenes:
     """n scenes; numbers count in the order of the dictionaries above.
 
     Args:
-        shape: (n,) of SHAPES.
+        shape: (n,) of SHAPES, then of NAMELESS.
         texture: (n,) of TEXTURES.
         colour: (n,) of COLOURS.
         second: (n, 3) red, green, blue in [0, 1] of the texture's second colour.

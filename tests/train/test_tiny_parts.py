@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import fields
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from train.losses import skewed_timesteps
 from train.tiny_parts import (
     LENGTH,
     SLOW,
+    nameless,
     picking_weights,
+    random_captions,
     recoloured,
     spoken_tokens,
     tokens_of,
@@ -19,7 +22,18 @@ from train.tiny_parts import (
     word_loss,
 )
 from train.vocabulary import SPARE_WORDS, words, write_tokenizer
-from train.world import COLOURS, WORLD_MOTIONS, WORLD_TEXTURES, random_scenes
+from train.world import (
+    COLOURS,
+    HELD_OUT_SHAPES,
+    NAMELESS,
+    SHAPES,
+    WORLD_MOTIONS,
+    WORLD_SHAPES,
+    WORLD_TEXTURES,
+    distance_tables,
+    random_scenes,
+    render,
+)
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +91,40 @@ SUBJECT, MOTION, GROUND = "a striped red star", "moving left", "over the sand"
 )
 def test_spare_words_stand_for_the_subject_or_the_motion_now_and_then(caption, pattern):
     """Shares to four standard errors; nothing else of the caption changes, and every spare word gets its turn."""
-    changed = with_spare_words([caption] * 4000, (0.6, 0.2), torch.Generator().manual_seed(0))
+    changed = with_spare_words(
+        [caption] * 4000, (0.6, 0.2), torch.zeros(4000, dtype=torch.bool), torch.Generator().manual_seed(0)
+    )
     for part, before, share in (("subject", SUBJECT, 0.6), ("motion", MOTION, 0.2)):
         if f"<{part}>" in pattern:
             said = [re.fullmatch(pattern, text)[part] for text in changed]
             spare = [text.removeprefix("a ") for text in said if text != before]
             assert set(spare) == set(SPARE_WORDS)
             assert len(spare) / 4000 == pytest.approx(share, abs=4 * (share * (1 - share) / 4000) ** 0.5)
+
+
+def test_what_has_no_word_is_some_subject_in_every_caption():
+    """The first scenes get outlines that no word means, and captions of none of the world's; the others stay."""
+    generator = torch.Generator().manual_seed(0)
+    scenes = random_scenes(60, generator)
+    changed = nameless(scenes, 20, generator)
+    assert (changed.shape[:20] >= len(SHAPES)).all()
+    assert (changed.path[:, :, :3] == scenes.path[:, :, :3]).all()
+    assert all((getattr(changed[20:], f.name) == getattr(scenes[20:], f.name)).all() for f in fields(scenes))
+    wordless = changed.shape >= len(SHAPES)
+    texts = with_spare_words(random_captions(changed, generator), (0.0, 0.0), wordless, generator)
+    looks = {*WORLD_SHAPES, *WORLD_TEXTURES, *COLOURS}
+    assert [not looks & set(text.split()) for text in texts] == wordless.tolist()
+    assert render(changed)[1][:20].amax(dim=(1, 3, 4)).min() > 0.9  # and is seen in every frame
+
+
+def test_no_nameless_outline_is_a_held_out_one():
+    inside = (distance_tables()[:, 0] < 0).float().flatten(1)
+    held_out = inside[[list(SHAPES).index(name) for name in HELD_OUT_SHAPES]]
+    nameless_ones = inside[len(SHAPES) :]
+    assert len(nameless_ones) == len(NAMELESS)
+    both = held_out @ nameless_ones.T
+    either = held_out.sum(1, keepdim=True) + nameless_ones.sum(1) - both
+    assert (both / either).max() < 0.9
 
 
 def test_the_words_of_captions_are_told_apart_and_spare_ones_left_alone(tokenizer):

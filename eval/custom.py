@@ -35,7 +35,7 @@ from weights import Base
 ARMS = ("base", "appearance", "motion", "both", "both+ttt")
 STILL = "standing still"  # beside the arms: what a subject that does not move scores
 # Differences that tell whether a stage is worth it: the second arm minus the first.
-COMPARED = (("base", "both+ttt"), ("appearance", "both"), ("motion", "both"), ("both", "both+ttt"))
+COMPARED = (("base", "both"), ("base", "both+ttt"), ("appearance", "both"), ("motion", "both"), ("both", "both+ttt"))
 
 
 @dataclass(frozen=True)

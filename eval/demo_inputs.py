@@ -20,8 +20,8 @@ from train.world import (
 
 # Words of the tiny base's vocabulary that mean any subject and any motion to it.
 SUBJECT_WORD, MOTION_WORD = "zor", "dax"
-PERFORMER = ("plain", "blue", "square")  # texture, colour, shape: an ordinary one of the world moves in the reference
-STAGE = "grass"  # where it does
+PERFORMER = ("plain", "yellow", "circle")  # texture, colour, shape: an ordinary one of the world moves in the reference
+STAGE = "sea"  # where it does
 BACKGROUND = "road"  # of what is generated: in no photo, and grey, so that every subject can be seen on it
 NUM_PHOTOS = 4
 PHOTOGRAPHED = "is resting"  # in photos; prompts have a verb too, and a bare "a zor" would be learnt for itself alone

@@ -46,7 +46,7 @@ class DemoSettings(RunSettings):
         images: a folder of your own photos instead; needs --subject_prompt.
         video: a video of your own instead; needs --motion_prompt and --prompt.
         subject_prompt: what the photos show; not given: "a zor", to the tiny base any subject.
-        motion_prompt: what the video shows; not given: "a plain blue square is dax".
+        motion_prompt: what the video shows; not given: "a plain yellow circle is dax".
         prompt: what is generated; not given: subject_prompt + " is dax over the road".
         seed: of everything random; the clips' seeds count on from it.
         clips: how many are generated of each kind.
@@ -57,8 +57,8 @@ class DemoSettings(RunSettings):
     """
 
     out: str = "demo"
-    subject_number: int = 0
-    motion_number: int = 0
+    subject_number: int = 4
+    motion_number: int = 4
     images: str | None = None
     video: str | None = None
     subject_prompt: str | None = None

@@ -111,7 +111,7 @@ def test_what_was_stopped_goes_on_to_the_same_result(done, tmp_path, monkeypatch
 
 
 def test_another_subject_wants_another_folder(done):
-    with pytest.raises(UserError, match=r"subject_number \(0 there, 3 now\)"):
+    with pytest.raises(UserError, match=r"subject_number \(4 there, 3 now\)"):
         demo(replace(done, subject_number=3))
     with pytest.raises(UserError, match="steps"):
         demo(replace(done, motion={"steps": 2, "rank": 2}))
@@ -230,7 +230,7 @@ def test_a_base_without_motion_modules_is_refused_and_nothing_written(files, tmp
 
 
 def test_prompts_follow_the_subject():
-    assert prompts(DemoSettings()) == ("a zor", "a plain blue square is dax", "a zor is dax over the road")
+    assert prompts(DemoSettings()) == ("a zor", "a plain yellow circle is dax", "a zor is dax over the road")
     assert {SUBJECT_WORD, MOTION_WORD} <= set(SPARE_WORDS)
     assert prompts(DemoSettings(subject_prompt="a wug"))[2] == "a wug is dax over the road"
 

@@ -1,7 +1,10 @@
-"""The README's Python does what its four commands do."""
+"""The README's Python does what its four commands do, and what it and the page on the demo name is there."""
 
 import re
+import shlex
 from pathlib import Path
+
+import pytest
 
 import sampling.generate
 import train.appearance
@@ -9,9 +12,12 @@ import train.motion
 import train.ttt
 import weights
 from customttt import COMMANDS
+from eval.demo import DemoSettings
+from eval.demo_plan import prompts
 from weights import parse_settings
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 STEPS = {
     "appearance": (train.appearance, "train_appearance", "AppearanceSettings"),
     "motion": (train.motion, "train_motion", "MotionSettings"),
@@ -39,3 +45,23 @@ def test_the_python_lines_ask_for_what_the_commands_ask_for(monkeypatch):
 def test_every_command_the_readme_names_exists():
     named = set(re.findall(r"^`?customttt (\w+)", README, re.MULTILINE))
     assert named <= set(COMMANDS)
+
+
+def test_the_first_command_is_the_demo_and_its_prompts_are_told():
+    assert re.findall(r"^customttt .*$", README, re.MULTILINE)[0] == "customttt demo"
+    assert all(f'"{prompt}"' in " ".join(README.split()) for prompt in prompts(DemoSettings()))
+
+
+def test_the_variations_of_the_demo_parse():
+    page = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^customttt demo (--.*)$", page, re.MULTILINE)
+    outs = {parse_settings(DemoSettings, shlex.split(line)).out for line in lines}
+    assert len(outs) == len(lines) == 3
+    assert "demo" not in outs
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/demo.md", "docs/run.md", "docs/files.md"])
+def test_links_lead_to_files(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []

@@ -1,0 +1,72 @@
+"""The shipped weights against the figures of their model card, measured anew in the small."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval.tiny import FiguresSettings, Measurement, measure_clip, measure_prompts, measure_vae
+from weights import load_base
+from weights.load import TINY
+
+
+@pytest.fixture(scope="module")
+def figures():
+    """What the card says, by part."""
+    return json.loads((TINY / "figures.json").read_text(encoding="utf-8"))["parts"]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_base(device="cpu")
+
+
+@pytest.fixture
+def run(tiny, tmp_path):
+    """A measurement with another seed than the card's: other frames, other prompts."""
+    settings = FiguresSettings(out=str(tmp_path), quick=True, prompts=12, batch_size=4, seed=1)
+    measurement = Measurement(settings, tiny)
+    measurement.size = lambda full, quick, asked=None: asked or min(full, 96)
+    return measurement
+
+
+def test_the_autoencoder_gives_frames_back_as_the_card_says(run, figures):
+    found = {}
+    measure_vae(run, found)
+    for name in ("psnr", "psnr_subject"):
+        assert found[name] == pytest.approx(figures["vae"][name], abs=1.0)
+
+
+def test_the_clip_tells_captions_apart_as_the_card_says(run, figures):
+    found = {}
+    measure_clip(run, found)
+    assert found["image_to_caption"] > figures["clip"]["image_to_caption"] - 0.1
+
+
+def test_prompts_are_followed_as_the_card_says(run, figures):
+    """Twelve clips: of 48 attributes and 12 motions some may fail that the card's 200 clips got right.
+
+    A share p among n answers strays by sqrt(p (1 - p) / n): three times that is the slack.
+    """
+    found = {}
+    with torch.no_grad():
+        measure_prompts(run, found)
+    for names in (("shape", "colour", "texture", "background"), ("motion",)):
+        card, seen = (sum(f[name] for name in names) / len(names) for f in (figures["prompts"], found))
+        slack = 3 * (max(card * (1 - card), 0.02) / (12 * len(names))) ** 0.5
+        assert seen > card - slack
+
+
+def test_the_card_says_what_the_figures_say(figures):
+    card = (TINY / "README.md").read_text(encoding="utf-8")
+    vae, clip, prompts = (figures[name] for name in ("vae", "clip", "prompts"))
+    said = [f"{vae['psnr']:.1f} / {vae['psnr_subject']:.1f} dB", f"{clip['image_to_caption']:.1%}"]
+    said += [f"{name} {prompts[name]:.0%}" for name in ("shape", "colour", "texture", "motion")]
+    assert [words for words in said if words.replace("%", " %") not in card] == []
+
+
+def test_the_card_and_the_figures_lie_with_the_weights():
+    assert {path.name for path in Path(TINY).iterdir() if path.is_file()} == {
+        *("README.md", "figures.json", "model_index.json", "recipe.json"),
+    }

@@ -12,7 +12,7 @@ from transformers import CLIPModel
 import weights
 from model import TINY, NoiseSchedule
 from train.vocabulary import words
-from train.world import random_scenes, render
+from train.world import BACKGROUNDS, COLOURS, WORLD_MOTIONS, WORLD_SHAPES, random_scenes, render
 from weights import load_base
 from weights.detect import detect
 from weights.inspect import describe
@@ -80,6 +80,15 @@ def test_its_vocabulary_has_every_word_of_the_world(tiny):
     numbers = tiny.tokenizer(words())["input_ids"]
     assert all(len(found) == 3 for found in numbers)  # the start, the word, the end
     assert tiny.embed(["a striped red star is circling clockwise over the sand"]).shape == (1, 24, 64)
+
+
+@pytest.mark.parametrize("names", [tuple(WORLD_SHAPES), WORLD_MOTIONS, tuple(COLOURS), tuple(BACKGROUNDS)])
+def test_its_text_states_tell_every_two_words_apart(tiny, names):
+    """Left from right as well: what the end of a prompt does not tell, the UNet can hardly learn to paint."""
+    with torch.no_grad():
+        ends = tiny.embed([f"a {name}" for name in names])[:, -1]
+    apart = torch.pdist(ends) / ends.norm(dim=1).mean()
+    assert apart.min() > 0.1
 
 
 def test_its_text_encoder_is_the_tower_of_its_scorer(tiny):

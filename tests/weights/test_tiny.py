@@ -88,7 +88,7 @@ def test_its_text_states_tell_every_two_words_apart(tiny, names):
     with torch.no_grad():
         ends = tiny.embed([f"a {name}" for name in names])[:, -1]
     apart = torch.pdist(ends) / ends.norm(dim=1).mean()
-    assert apart.min() > 0.1
+    assert apart.min() > 0.3
 
 
 def test_its_text_encoder_is_the_tower_of_its_scorer(tiny):

@@ -11,6 +11,7 @@ from transformers import CLIPModel
 
 import weights
 from model import TINY, NoiseSchedule
+from train.tiny import RECIPE
 from train.vocabulary import words
 from train.world import BACKGROUNDS, COLOURS, WORLD_MOTIONS, WORLD_SHAPES, random_scenes, render
 from weights import load_base
@@ -59,6 +60,7 @@ def test_its_recipe_is_its_own(tiny):
     assert (recipe.height, recipe.width, recipe.num_frames) == (64, 64, 16)
     assert recipe.num_frames <= TINY.motion.max_frames
     assert (FOLDER / "recipe.json").is_file()
+    assert recipe == RECIPE  # what `python -m train.tiny` would write
 
 
 def test_inspect_names_it():

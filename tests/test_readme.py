@@ -14,6 +14,8 @@ import weights
 from customttt import COMMANDS
 from eval.demo import DemoSettings
 from eval.demo_plan import prompts
+from sampling.generate import GenerateSettings
+from train.vocabulary import words
 from weights import parse_settings
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +36,7 @@ def test_the_python_lines_ask_for_what_the_commands_ask_for(monkeypatch):
     [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(code, {})
     for name, (module, _, settings) in STEPS.items():
-        [line] = re.findall(rf"^customttt {name} +(--.*)$", README, re.MULTILINE)
+        [line] = re.findall(rf"^customttt {name} +(--base .*)$", README, re.MULTILINE)
         words = [quoted or plain for quoted, plain in re.findall(r'"([^"]*)"|(\S+)', line)]
         expected = parse_settings(getattr(module, settings), words)
         mine, base = asked[name]
@@ -47,9 +49,17 @@ def test_every_command_the_readme_names_exists():
     assert named <= set(COMMANDS)
 
 
-def test_the_first_command_is_the_demo_and_its_prompts_are_told():
-    assert re.findall(r"^customttt .*$", README, re.MULTILINE)[0] == "customttt demo"
-    assert all(f'"{prompt}"' in " ".join(README.split()) for prompt in prompts(DemoSettings()))
+def test_the_first_commands_need_nothing_but_the_tiny_base():
+    generate, demo = re.findall(r"^customttt (.*)$", README, re.MULTILINE)[:2]
+    assert demo == "demo"
+    settings = parse_settings(GenerateSettings, shlex.split(generate)[1:])
+    assert settings.base == "tiny"
+    assert set(settings.prompt[0].split()) <= {"a", "is", "over", "the", *words()}
+
+
+def test_the_page_on_the_demo_tells_its_prompts():
+    page = " ".join((ROOT / "docs" / "demo.md").read_text(encoding="utf-8").split())
+    assert all(f'"{prompt}"' in page for prompt in prompts(DemoSettings()))
 
 
 def test_the_variations_of_the_demo_parse():

@@ -50,15 +50,16 @@ def test_every_command_the_readme_names_exists():
 
 
 def test_the_first_commands_need_nothing_but_the_tiny_base():
-    generate, demo = re.findall(r"^customttt (.*)$", README, re.MULTILINE)[:2]
+    demo, generate = re.findall(r"^customttt (.*)$", README, re.MULTILINE)[:2]
     assert demo == "demo"
     settings = parse_settings(GenerateSettings, shlex.split(generate)[1:])
     assert settings.base == "tiny"
     assert set(settings.prompt[0].split()) <= {"a", "is", "over", "the", *words()}
 
 
-def test_the_page_on_the_demo_tells_its_prompts():
-    page = " ".join((ROOT / "docs" / "demo.md").read_text(encoding="utf-8").split())
+@pytest.mark.parametrize("page", ["README.md", "docs/demo.md"])
+def test_the_prompts_of_the_demo_are_told(page):
+    page = " ".join((ROOT / page).read_text(encoding="utf-8").split())
     assert all(f'"{prompt}"' in page for prompt in prompts(DemoSettings()))
 
 

@@ -99,7 +99,7 @@ def make_plan(settings: DemoSettings) -> Plan:
         clip_files_of(settings.video)
 
     images, video = settings.images or str(out / PHOTOS), settings.video or str(out / REFERENCE)
-    seen = f"{subject} {PHOTOGRAPHED}" if settings.images is None else subject
+    seen = f"{subject} {PHOTOGRAPHED}" if settings.images is None or settings.base == "tiny" else subject
     looks = table(AppearanceSettings, settings, "appearance", images=images, prompt=seen, seed=settings.seed)
     moves = table(MotionSettings, settings, "motion", video=video, prompt=motion, seed=settings.seed)
     if settings.video is None and (moves.fps is not None or moves.frame_step != 1 or moves.start):

@@ -117,6 +117,12 @@ def test_another_subject_wants_another_folder(done):
         demo(replace(done, motion={"steps": 2, "rank": 2}))
 
 
+@pytest.mark.parametrize(("base", "seen"), [("tiny", "a wug is resting"), ("sd15.safetensors", "a wug")])
+def test_photos_of_ones_own_are_described_as_the_base_wants_it(material, base, seen):
+    settings = DemoSettings(base=base, images=str(material / "photos"), subject_prompt="a wug")
+    assert make_plan(settings).looks.prompt == seen
+
+
 def test_photos_and_a_clip_of_ones_own(files, material, tmp_path):
     settings = DemoSettings(
         **files.flags(),

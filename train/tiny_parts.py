@@ -22,7 +22,6 @@ from train.world import (
     SHAPES,
     SIZE,
     WORLD_MOTIONS,
-    WORLD_SHAPES,
     WORLD_TEXTURES,
     Scenes,
     caption,
@@ -139,9 +138,10 @@ def nameless(scenes: Scenes, count: int, generator: torch.Generator) -> Scenes:
 def random_captions(scenes: Scenes, generator: torch.Generator) -> list[str]:
     """The scenes' captions, of which some leave out the texture, the motion or the background.
 
-    What has no word is called something wrong: `with_spare_words` must be told of it.
+    An outline of NAMELESS is called by the first shape's word, which `with_spare_words` must replace. Raises IndexError
+    for what is held out.
     """
-    scenes = dataclasses.replace(scenes, shape=scenes.shape % len(WORLD_SHAPES))
+    scenes = dataclasses.replace(scenes, shape=scenes.shape.where(scenes.shape < len(SHAPES), 0))
     says = torch.rand((len(scenes), 3), generator=generator) > torch.tensor([0.1, 0.15, 0.15])
     return [
         caption(scenes, i, texture=texture, motion=motion, background=background)

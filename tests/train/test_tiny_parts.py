@@ -31,6 +31,7 @@ from train.world import (
     WORLD_SHAPES,
     WORLD_TEXTURES,
     distance_tables,
+    held_out_scenes,
     random_scenes,
     render,
 )
@@ -115,6 +116,12 @@ def test_what_has_no_word_is_some_subject_in_every_caption():
     looks = {*WORLD_SHAPES, *WORLD_TEXTURES, *COLOURS}
     assert [not looks & set(text.split()) for text in texts] == wordless.tolist()
     assert render(changed)[1][:20].amax(dim=(1, 3, 4)).min() > 0.9  # and is seen in every frame
+
+
+def test_a_held_out_shape_gets_no_word_by_mistake():
+    generator = torch.Generator().manual_seed(0)
+    with pytest.raises(IndexError):
+        random_captions(held_out_scenes(0, "resting", "road", 1, generator), generator)
 
 
 def test_no_nameless_outline_is_a_held_out_one():

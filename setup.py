@@ -4,6 +4,8 @@ from pathlib import Path
 
 from setuptools import setup
 
+EVAL = ["opencv-python-headless>=4.10", "matplotlib>=3.9"]  # tracking points, drawing plots
+
 setup(
     name="customttt",
     version="0.1.0",
@@ -13,7 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=["model", "lora", "weights", "sampling", "train", "eval"],
-    package_data={"weights": ["tiny/*", "tiny/**/*"], "eval": ["judge.safetensors"]},
+    package_data={"weights": ["tiny/*", "tiny/**/*"], "eval": ["judge.safetensors", "pairs/*.csv"]},
     py_modules=["customttt"],
     install_requires=[
         "torch>=2.6,<2.14",
@@ -29,7 +31,16 @@ setup(
         "jsonargparse[signatures]>=4.40",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "diffusers>=0.42,<0.43", "peft>=0.17", "pillow>=10", "accelerate"],
+        "eval": EVAL,
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "diffusers>=0.42,<0.43",
+            "peft>=0.17",
+            "pillow>=10",
+            "accelerate",
+            *EVAL,
+        ],
         "dev": ["ruff>=0.9", "mypy>=1.14", "pre-commit>=4", "types-PyYAML", "types-tqdm"],
     },
     entry_points={"console_scripts": ["customttt=customttt:main"]},

@@ -15,6 +15,7 @@ COMMANDS = {
     "motion": ("train.motion", "stage 2: train a LoRA of the motion in one video"),
     "ttt": ("train.ttt", "stage 3: test-time training of both together"),
     "generate": ("sampling.generate", "generate clips, with any number of LoRAs"),
+    "score": ("eval.score", "score clips: prompt, subject, consistency, motion"),
     "inspect": ("weights.inspect", "say what a file is"),
 }
 USAGE = "usage: customttt COMMAND [--FLAG VALUE ...]\n\n" + "\n".join(

@@ -15,6 +15,11 @@ ALIGNED = 32  # pixels of a side of an aligned subject
 REACH = 1.1  # an aligned subject's picture reaches so many of its sizes from its centroid
 
 
+def mean(values: Sequence[float]) -> float:
+    """Of one or more numbers."""
+    return sum(values) / len(values)
+
+
 def placement(masks: Tensor) -> Tensor:
     """Where subjects are: masks (n, 1, h, w) in [0, 1], square -> (n, 3).
 

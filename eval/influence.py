@@ -1,51 +1,64 @@
 """Prompt influence (CustomTTT, section 3.2): which layers' text decides what is seen, and how it moves.
 
-python -m eval.layers --out layers.json
+python -m eval.influence --base tiny --pairs 4 --quick
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.reading import ClipReading, Judge, check_readable, digest, judge_file, load_judge, read_clip
+from eval.clip import CLIPScorer, clip_t, load_clip
+from eval.influence_page import Result, influence_table, write_report
+from eval.page import spread
+from eval.pairs import read_pairs, shipped_pairs
+from eval.reading import ClipReading, Judge, digest, judge_file, load_judge, read_clip
+from eval.recommend import Recommendation, Scores, best_row, ranked_by, recommend
+from eval.words import named
 from model import UNet3D, UserError
-from sampling import decode, derived_seed, encode, sample_latents
-from train.world import WORLD_MOTIONS, WORLD_SHAPES, WORLD_TEXTURES, Scenes, caption, random_scenes
-from weights import Base, BaseSettings, open_base, parse_settings, read_json, run_command, write_json
+from sampling import contact_sheet, decode, derived_seed, encode, sample_latents, write_media
+from train.world import SIZE
+from weights import Base, BaseSettings, open_base, parse_settings, read_json, run_command, sha256, write_json
 
-# What differs between a pair's two prompts, and by which of the judge's answers the second one is recognised.
-KINDS = {"subject": ("shape", "colour", "texture"), "motion": ("motion",)}
-FREE = ("out", "device", "batch_size", "judge")  # settings that change nothing about the scores
-
-Scores = dict[str, dict[str, dict[str, float]]]  # by kind, row, and attribute or "score", their mean
+KINDS = ("subject", "motion")
+# By which of the judge's answers p* is recognised in clips of the rendered world.
+JUDGED = {"subject": ("shape", "colour", "texture"), "motion": ("motion",)}
+QUICK = 10  # DDIM steps
+STRIP = 8  # frames of each row in the figures
+FREE = ("out", "device", "batch_size", "kinds")  # settings that change nothing about the scores
 
 
 @dataclass(kw_only=True)
-class LayersSettings(BaseSettings):
+class InfluenceSettings(BaseSettings):
     """How prompt influence is measured.
 
     Args:
-        out: JSON file of the scores; rows that it holds already, of the same settings, are not measured again.
-        pairs: of prompts, for subjects and for motions each.
-        steps: of DDIM.
+        out: folder for scores, figures and report; what it holds already, of the same settings, is not measured again.
+        kinds: subject, motion, or both.
+        subjects: CSV file of prompt,other: p and p*, which differ in the subject; not given: the list that comes along.
+        motions: the same, of pairs that differ in the motion.
+        pairs: the first so many of each list; not given: all (100).
+        quick: 10 sampling steps instead of the base's.
         guidance_scale: not given: the base's.
-        combined: layers that are also injected into together with each other layer (the paper's 6 and 2).
         batch_size: clips sampled at once.
-        judge: file of the judge; not given: the tiny base's.
-        seed: of prompts and noise, which all rows share.
+        clip: folder of the CLIP that scores; not given: the tiny base's, which knows the rendered world alone.
+        judge: file of the judge of the rendered world; not given: the tiny base's.
+        seed: of the noise, which all rows share.
     """
 
-    out: str
-    pairs: int = 24
-    steps: int = 10
+    out: str = "influence"
+    kinds: list[Literal["subject", "motion"]] = field(default_factory=lambda: list(KINDS))  # type: ignore[arg-type]
+    subjects: str | None = None
+    motions: str | None = None
+    pairs: int | None = None
+    quick: bool = False
     guidance_scale: float | None = None
-    combined: list[int] | None = None
     batch_size: int = 8
+    clip: str | None = None
     judge: str | None = None
     seed: int = 0
 
@@ -88,120 +101,139 @@ def injected_videos(
     return decode(base, sample_latents(base, texts, negative, seeds, steps=steps, guidance_scale=guidance_scale))
 
 
-def prompt_pairs(kind: str, count: int, seed: int) -> tuple[Scenes, Scenes]:
-    """`count` pairs of scenes that differ in the subject alone (shape, colour and texture all change) or the motion.
-
-    What the first lacks and the second has tells where its text arrived; backgrounds are the same.
-    """
-    generator = torch.Generator().manual_seed(derived_seed(seed, "pairs", kind))
-    shared = ("motion",) if kind == "subject" else ("shape", "texture", "colour", "second")
-    drawn, picked = 40 * count, torch.empty(0)
-    while len(picked) < count:
-        firsts, seconds = random_scenes(drawn, generator), random_scenes(drawn, generator)
-        fitting = firsts.background == seconds.background
-        for name in KINDS[kind]:
-            fitting &= getattr(firsts, name) != getattr(seconds, name)
-        for name in shared:
-            getattr(seconds, name).copy_(getattr(firsts, name))
-        picked = (fitting & ~spins_unseen(seconds)).nonzero().flatten()[:count]
-        drawn *= 2
-    return firsts[picked], seconds[picked]
+def judged(reading: ClipReading, prompts: Sequence[str], others: Sequence[str], kind: str) -> list[float]:
+    """For each clip the share of what p* names and p does not (shape, colour, texture; or the motion) that is seen."""
+    shares = []
+    for i, (prompt, other) in enumerate(zip(prompts, others, strict=True)):
+        before, asked = named(prompt), named(other)
+        new = [name for name in JUDGED[kind] if name in asked and asked[name] != before.get(name)]
+        if not new:
+            raise UserError(f"{other!r} names no {kind} of the rendered world that {prompt!r} does not")
+        right = [int(getattr(reading, name)[i].argmax()) == asked[name] for name in new]
+        shares.append(sum(right) / len(right))
+    return shares
 
 
-def spins_unseen(scenes: Scenes) -> Tensor:
-    """Whether a scene's subject is a plain or ringed circle that spins: nobody sees it do so. (n,)"""
-    plain, ringed = (WORLD_TEXTURES.index(name) for name in ("plain", "ringed"))
-    round_ = (scenes.shape == WORLD_SHAPES.index("circle")) & torch.isin(scenes.texture, torch.tensor([plain, ringed]))
-    return round_ & (scenes.motion == WORLD_MOTIONS.index("spinning"))
-
-
-def scores(reading: ClipReading, wanted: Scenes, kind: str) -> dict[str, list[bool]]:
-    """For each clip, whether the judge saw what `wanted` says, by attribute."""
-    return {name: (getattr(reading, name).argmax(dim=1) == getattr(wanted, name)).tolist() for name in KINDS[kind]}
-
-
-def influence(base: Base, judge: Judge, settings: LayersSettings, found: Scores, save: Callable[[], None]) -> None:
-    """Fill `found[kind][row]` with the share of clips that show what p* says, by attribute, and their mean.
-
-    Rows are "none" (p* nowhere: chance), a layer's number, two layers' ("2+6"), and "all". `save` is called after each.
-    """
-    usable = text_layers(base.unet)
-    rows: dict[str, list[int]] = {"none": []}
-    rows |= {str(layer): [layer] for layer in usable}
-    for layer in settings.combined or []:
-        rows |= {f"{layer}+{other}": [layer, other] for other in usable if other != layer}
-    rows["all"] = usable
-    for kind in KINDS:
-        first, second = prompt_pairs(kind, settings.pairs, settings.seed)
-        prompts, others = ([caption(scenes, i) for i in range(settings.pairs)] for scenes in (first, second))
-        seeds = [derived_seed(settings.seed, "noise", i) for i in range(settings.pairs)]
-        for row, layers in tqdm(rows.items(), desc=f"{kind}: p* in layers"):
-            if row in found.setdefault(kind, {}):
-                continue
-            right: dict[str, list[bool]] = {name: [] for name in KINDS[kind]}
-            for start in range(0, settings.pairs, settings.batch_size):
-                part = slice(start, start + settings.batch_size)
-                videos = injected_videos(
-                    base,
-                    prompts[part],
-                    others[part],
-                    layers,
-                    seeds[part],
-                    settings.steps,
-                    settings.guidance_scale,
-                )
-                seen = scores(read_clip(judge, videos.transpose(1, 2)), second[part], kind)
-                for name, values in seen.items():
-                    right[name] += values
-            shares = {name: sum(values) / len(values) for name, values in right.items()}
-            found[kind][row] = {"score": sum(shares.values()) / len(shares), **shares}
-            tqdm.write(f"{kind:8} p* in {row:5} {found[kind][row]['score']:.3f}")
-            save()
-
-
-def measure_layers(settings: LayersSettings, base: Base | None = None) -> Scores:
-    """Measure prompt influence, or what is left to measure of it, and write `settings.out` as it goes.
+class Measurement:
+    """The pairs of one kind, what scores their clips, and the rows found so far, kept in `<kind>s.json`.
 
     Raises:
-        UserError: settings out of range, a base of another size of clips, a file that holds something else, or missing
-            files.
+        UserError: settings out of range, missing files, or scores of something else in `out`.
     """
-    if settings.pairs < 1 or settings.batch_size < 1:
-        raise UserError("pairs and batch_size must be at least 1")
+
+    def __init__(self, settings: InfluenceSettings, kind: str, base: Base, clip: CLIPScorer, judge: Judge | None):
+        self.settings, self.kind, self.base, self.clip, self.judge = settings, kind, base, clip, judge
+        table = getattr(settings, f"{kind}s") or shipped_pairs(kind, judge is not None)
+        listed = read_pairs(table)
+        count = len(listed) if settings.pairs is None else settings.pairs
+        if not 1 <= count <= len(listed) or settings.batch_size < 1:
+            raise UserError(f"pairs must be from 1 to the {len(listed)} of {table}, and batch_size at least 1")
+        self.pairs, self.steps = listed[:count], QUICK if settings.quick else base.recipe.sampling_steps
+        self.file = Path(settings.out) / f"{kind}s.json"
+        about = {
+            "settings": {name: value for name, value in asdict(settings).items() if name not in FREE},
+            "steps": self.steps,
+            "guidance_scale": settings.guidance_scale or base.recipe.guidance_scale,
+            "pairs": sha256(Path(table)),
+            "base": base.fingerprints,
+            "clip": clip.name,
+            "judge": None if judge is None else digest(judge_file(settings.judge)),
+        }
+        self.record: dict[str, Any] = read_json(self.file) if self.file.is_file() else {**about, "scores": {}}
+        if not isinstance(self.record, dict) or {k: v for k, v in self.record.items() if k != "scores"} != about:
+            raise UserError(f"{self.file} holds scores of other settings, pairs or networks: give --out a new name")
+
+    @property
+    def scores(self) -> Scores:
+        """The rows found so far."""
+        return self.record["scores"]
+
+    def measure(self, row: str, layers: Sequence[int]) -> None:
+        """Generate all pairs with p* in `layers` and score them against p*, unless the row is there."""
+        if row in self.scores:
+            return
+        found: dict[str, list[float]] = {"clip_t": []}
+        strip: list[Tensor] = []
+        for start in range(0, len(self.pairs), self.settings.batch_size):
+            part = self.pairs[start : start + self.settings.batch_size]
+            prompts, others = zip(*part, strict=True)
+            seeds = [derived_seed(self.settings.seed, "noise", start + i) for i in range(len(part))]
+            videos = injected_videos(
+                self.base, prompts, others, layers, seeds, self.steps, self.settings.guidance_scale
+            )
+            features = self.clip.images(videos.flatten(0, 1)).unflatten(0, videos.shape[:2])
+            found["clip_t"] += [clip_t(*both) for both in zip(features, self.clip.texts(others), strict=True)]
+            if self.judge is not None:
+                seen = read_clip(self.judge, videos.transpose(1, 2))
+                found.setdefault("judge", []).extend(judged(seen, prompts, others, self.kind))
+            strip += [frame for video in videos for frame in shown(video, self.kind)][: STRIP - len(strip)]
+        strip += [torch.ones_like(strip[0])] * (STRIP - len(strip))
+        write_media(
+            self.file.parent / "frames" / f"{self.kind}-{row}.png", contact_sheet(torch.stack(strip), STRIP)[None]
+        )
+        self.scores[row] = found
+        write_json(self.file, self.record)
+
+
+def shown(video: Tensor, kind: str) -> Tensor:
+    """Frames of a clip for the figures: one tells a subject, four a motion."""
+    return video[len(video) // 2 :][:1] if kind == "subject" else spread(video, 4)
+
+
+def influence(measurement: Measurement) -> Recommendation:
+    """Every layer alone, then the best together with each other one, "none" and "all", as the paper's figures have it.
+
+    Layers 3 and 5 have no text and are left out: injecting there changes nothing.
+    """
+    usable = text_layers(measurement.base.unet)
+    rows: dict[str, list[int]] = {"none": [], **{str(layer): [layer] for layer in usable}, "all": usable}
+    bar = tqdm(total=2 * len(usable) + 1, desc=f"{measurement.kind}s: p* in layers")
+    for row, layers in rows.items():
+        measurement.measure(row, layers)
+        bar.update()
+    score = ranked_by(measurement.kind, measurement.scores)
+    first = int(best_row(measurement.scores, [str(layer) for layer in usable], score)[0])
+    for other in usable:
+        if other != first:
+            measurement.measure(f"{first}+{other}", [first, other])
+            bar.update()
+    bar.close()
+    return recommend(measurement.kind, measurement.scores, measurement.base.unet)
+
+
+def measure_influence(settings: InfluenceSettings, base: Base | None = None) -> Path:
+    """Measure prompt influence, or what is left to measure of it, and write scores, figures and report.
+
+    Returns:
+        The report, `report.html`.
+
+    Raises:
+        UserError: settings out of range, a folder that holds something else, or missing files.
+    """
+    if not settings.kinds or len(set(settings.kinds)) < len(settings.kinds):
+        raise UserError("kinds: subject, motion, or both of them")
     base = base or open_base(settings)
-    check_readable(base)
-    judge = load_judge(settings.judge)
-    combined = set(settings.combined or [])
-    if not combined <= set(text_layers(base.unet)):
-        raise UserError(f"layers with text are {text_layers(base.unet)}: --combined {sorted(combined)} is not of them")
-    out = Path(settings.out)
-    wanted = {name: value for name, value in asdict(settings).items() if name not in FREE}
-    weights = {"base": base.fingerprints, "judge": digest(judge_file(settings.judge))}
-    record: dict[str, Any] = {"settings": wanted, **weights, "scores": {}}
-    if out.is_file():
-        before = read_json(out)
-        if not isinstance(before, dict) or {**before, "scores": {}} != record:
-            raise UserError(f"{out} holds scores of other settings, another base or judge: give --out a new name")
-        record = before
-    found: Scores = record["scores"]
-    influence(base, judge, settings, found, lambda: write_json(out, record))
-    return found
-
-
-def table(found: Scores) -> str:
-    """The scores as text, a row for each choice of layers."""
-    lines = []
-    for kind, rows in found.items():
-        names = list(next(iter(rows.values())))
-        lines.append(f"{kind:12}" + "".join(f"{name:>10}" for name in names))
-        lines += [f"{row:12}" + "".join(f"{rows[row][name]:10.3f}" for name in names) for row in rows]
-    return "\n".join(lines)
+    rendered = base.recipe.height == base.recipe.width == SIZE and settings.clip is None
+    if not rendered and settings.clip is None:
+        raise UserError(
+            f"{base.name} does not paint the rendered world, and the tiny base's CLIP knows nothing else: name a "
+            "folder of CLIP ViT-B/32 with --clip"
+        )
+    clip, judge = load_clip(settings.clip), load_judge(settings.judge) if rendered else None
+    measurements = [Measurement(settings, kind, base, clip, judge) for kind in settings.kinds]
+    found: dict[str, Recommendation] = {its.kind: influence(its) for its in measurements}
+    results = [Result(its.kind, its.record, its.pairs, found[its.kind]) for its in measurements]
+    print(influence_table(results))
+    return write_report(Path(settings.out), results)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`python -m eval.layers`."""
+    """`python -m eval.influence`."""
     about = "Prompt influence: inject a second prompt into single layers, and see how much of it arrives."
-    print(table(measure_layers(parse_settings(LayersSettings, argv, prog="python -m eval.layers", description=about))))
+    report = measure_influence(
+        parse_settings(InfluenceSettings, argv, prog="python -m eval.influence", description=about)
+    )
+    print(f"now open {report}")
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def demo_page(page: Page) -> str:
         *results,
         *_scores(page),
         "<h2>How it was made</h2>",
-        _table(
+        table(
             ("step", "seconds", "settings"), [(s.title, f"{s.seconds:.0f}", _listed(s.settings)) for s in page.steps]
         ),
     ]
@@ -194,12 +194,13 @@ def _scores(page: Page) -> list[str]:
     about = [f"<li>{escape(score.explained)}</li>" for score in page.legend.values()]
     return [
         "<h2>Scores, the mean over clips</h2>",
-        _table(("", *(score.title for score in page.legend.values())), _means(page)),
+        table(("", *(score.title for score in page.legend.values())), _means(page)),
         f"<ul>\n{chr(10).join(about)}\n</ul>",
     ]
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table in HTML; every cell is escaped."""
     lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"]
     lines += ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
     return "<table>\n" + "\n".join(lines) + "\n</table>"

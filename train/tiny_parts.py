@@ -39,7 +39,7 @@ SETTINGS = "settings.json"
 SCALE = "scale.json"  # the latents' scaling factor, in the folder of the vae stage
 LENGTH = 24  # tokens of a prompt: the world's longest caption has 13
 VAE = VAEConfig(block_out_channels=(16, 32, 64, 96), norm_num_groups=8)
-# The best found so far, in trials of a pair or two. Prompt influence (`python -m eval.layers`): shape in layer 7,
+# The best found so far, in trials of a pair or two. Prompt influence (`python -m eval.influence`): shape in layer 7,
 # texture in 8, colour in 1, motion in 6. With 2 and 6 as well an appearance LoRA held its subject still.
 RECIPE = Recipe(
     appearance_layers=(1, 7, 8),

@@ -1,18 +1,27 @@
 """Prompt influence on a narrow random base: what is computed, not how well it does."""
 
+import json
+import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from eval import Judge, load_judge, read_clip
-from eval.layers import KINDS, LayersSettings, injected_videos, measure_layers, prompt_pairs, scores, text_layers
+from eval.influence import KINDS, InfluenceSettings, injected_videos, judged, measure_influence, text_layers
+from eval.influence_page import PAPER
+from eval.pairs import read_pairs, shipped_pairs
+from eval.recommend import recommend
+from eval.words import named
 from model import UserError
 from sampling import sample_videos
-from train.world import WORLD_MOTIONS, WORLD_SHAPES, WORLD_TEXTURES, caption
+from train.world import WORLD_MOTIONS, WORLD_SHAPES, WORLD_TEXTURES
 
 PROMPTS, OTHERS, SEEDS = ["a red star", "a blue heart"], ["a green moon", "a white cross"], [3, 4]
+SUBJECT, MOTION = ("shape", "colour", "texture"), ("motion",)
+ROWS = ["none", "0", "1", "2", "4", "6", "7", "8", "all"]
 
 
 def clips(base, layers, others=OTHERS):
@@ -39,27 +48,97 @@ def test_layers_3_and_5_have_no_text(base):
     assert not torch.equal(clips(base, [6]), clips(base, []))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_pairs_differ_in_their_kind_alone(kind):
-    first, second = prompt_pairs(kind, 30, seed=0)
-    assert len(first) == len(second) == 30
-    for name in ("shape", "colour", "texture", "motion"):
-        assert ((getattr(first, name) == getattr(second, name)) == (name not in KINDS[kind])).all()
-    assert torch.equal(first.background, second.background)
+@pytest.mark.parametrize(("kind", "changed", "kept"), [("subject", SUBJECT, MOTION), ("motion", MOTION, SUBJECT)])
+def test_the_tiny_lists_pairs_differ_in_their_kind_alone(kind, changed, kept):
+    pairs = read_pairs(shipped_pairs(kind, rendered=True))
+    assert len(set(pairs)) == 100
+    for prompt, other in pairs:
+        before, after = named(prompt), named(other)
+        assert len(before) == len(after) == 5
+        assert all(before[name] != after[name] for name in changed)
+        assert all(before[name] == after[name] for name in (*kept, "background"))
+        if after["motion"] == WORLD_MOTIONS.index("spinning") and after["shape"] == WORLD_SHAPES.index("circle"):
+            assert WORLD_TEXTURES[after["texture"]] in ("striped", "dotted")  # of others nobody sees that they spin
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_pairs_are_found_and_never_ask_for_what_nobody_sees(kind):
-    asked = set()
-    for seed in range(60):
-        second = prompt_pairs(kind, 1, seed)[1]
-        assert len(second) == 1
-    for seed in range(3):
-        second = prompt_pairs(kind, 400, seed)[1]
-        asked |= set(zip(second.shape.tolist(), second.texture.tolist(), second.motion.tolist(), strict=True))
-    circle, spinning = WORLD_SHAPES.index("circle"), WORLD_MOTIONS.index("spinning")
-    textures = {WORLD_TEXTURES[texture] for shape, texture, motion in asked if (shape, motion) == (circle, spinning)}
-    assert textures <= {"striped", "dotted"}
+@pytest.mark.parametrize(("kind", "shared"), [("subject", r"^an? [a-z ]+? (?=(?:on|in|by) )"), ("motion", r" is .*$")])
+def test_the_lists_for_real_bases_pairs_differ_in_their_kind_alone(kind, shared):
+    pairs = read_pairs(shipped_pairs(kind, rendered=False))
+    assert len(set(pairs)) == 100
+    for prompt, other in pairs:
+        assert prompt != other
+        assert re.sub(shared, "", prompt) == re.sub(shared, "", other)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("a,b\n1,2\n", "first line must be prompt,other"),
+        ("prompt,other\n", "holds no pairs"),
+        ("prompt,other\na cat,a cat\n", "line 2: two different prompts"),
+        ("prompt,other\na cat,a dog\na cat,\n", "line 3: two different prompts"),
+        ("prompt,other\na cat\n", "line 2"),
+    ],
+)
+def test_a_bad_list_is_refused(tmp_path, text, complaint):
+    (tmp_path / "pairs.csv").write_text(text)
+    with pytest.raises(UserError, match=complaint):
+        read_pairs(tmp_path / "pairs.csv")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_pairs(tmp_path / "none.csv")
+
+
+def test_a_list_may_hold_commas_in_quotes(tmp_path):
+    (tmp_path / "pairs.csv").write_text('prompt,other\n"a cat, sitting",a dog\n')
+    assert read_pairs(tmp_path / "pairs.csv") == [("a cat, sitting", "a dog")]
+
+
+def test_a_clip_is_judged_by_what_the_second_prompt_alone_names(judge):
+    reading = read_clip(load_judge(judge), torch.zeros(2, 3, 2, 64, 64))
+    shown = {"shape": WORLD_SHAPES.index("star"), "colour": 0, "texture": WORLD_TEXTURES.index("dotted")}
+    sizes = {"shape": 7, "colour": 8, "texture": 4}
+    reading = replace(reading, **{name: torch.eye(sizes[name])[[number] * 2] for name, number in shown.items()})
+    before = ["a striped blue moon", "a striped blue moon"]
+    # star and dotted are seen, green is not; the second pair asks for a star alone
+    assert judged(reading, before, ["a dotted green star", "a striped blue star"], "subject") == [2 / 3, 1.0]
+    with pytest.raises(UserError, match="names no subject"):
+        judged(reading, before, ["a striped blue moon", "a cat"], "subject")
+
+
+def scores_of(**rows):
+    return {row.replace("_", "+").lstrip("r"): {"clip_t": values} for row, values in rows.items()}
+
+
+def test_the_best_pair_of_layers_is_recommended_with_its_margin_to_the_next(base):
+    scores = scores_of(none=[0, 0], r6=[3, 4], r6_2=[5, 9], r6_0=[4, 4], r6_8=[4, 6], all=[9, 9])
+    advice = recommend("subject", scores, base.unet)
+    assert (advice.layers, advice.row, advice.following, advice.score) == ([2, 6], "6+2", "6+8", "clip_t")
+    assert advice.margin == 2
+    # of two pairs of prompts a bootstrap draws one twice (half the time) or both: 1, 2 or 3
+    assert advice.interval == (1, 3)
+
+
+def test_a_layer_without_motion_modules_hands_over_to_the_next_as_in_the_paper(base):
+    scores = scores_of(none=[0], r2=[3], r2_4=[5], r2_0=[4])
+    assert recommend("motion", scores, base.unet).layers == [2, 5]
+    assert recommend("subject", scores, base.unet).layers == [2, 4]
+    assert recommend("subject", scores, base.unet).interval is None
+
+
+def test_motions_of_the_rendered_world_are_ranked_by_their_paths(base):
+    scores = {"none": {"clip_t": [0], "judge": [0]}}
+    scores |= {"2+6": {"clip_t": [9], "judge": [0]}, "2+8": {"clip_t": [1], "judge": [1]}}
+    assert recommend("motion", scores, base.unet).layers == [2, 8]
+    assert recommend("subject", scores, base.unet).layers == [2, 6]
+
+
+def test_the_papers_layers_would_be_recommended_from_its_own_table(base):
+    for kind, layers in {"subject": [2, 6], "motion": [2, 5]}.items():
+        printed = dict(enumerate(PAPER[kind]))
+        best, *others = sorted((layer for layer in printed if layer not in (3, 5)), key=lambda i: -printed[i])
+        scores = {"none": {"clip_t": [0.0]}}
+        scores |= {f"{best}+{other}": {"clip_t": [printed[best] + printed[other]]} for other in others}
+        assert recommend(kind, scores, base.unet).layers == layers
 
 
 def test_influence_goes_on_where_it_stopped(small, judge, tmp_path, monkeypatch):
@@ -69,40 +148,42 @@ def test_influence_goes_on_where_it_stopped(small, judge, tmp_path, monkeypatch)
         sampled.append(tuple(layers))
         if len(sampled) == 20:
             raise KeyboardInterrupt
-        return torch.zeros(len(prompts), 2, 3, 64, 64)
+        return torch.rand(len(prompts), 2, 3, 64, 64, generator=torch.Generator().manual_seed(sum(layers))) * 2 - 1
 
-    monkeypatch.setattr("eval.layers.injected_videos", sample)
-    settings = LayersSettings(out=str(tmp_path / "layers.json"), pairs=2, combined=[6], judge=judge)
+    monkeypatch.setattr("eval.influence.injected_videos", sample)
+    settings = InfluenceSettings(out=str(tmp_path / "out"), pairs=2, judge=judge)
     with pytest.raises(KeyboardInterrupt):
-        measure_layers(settings, small)
-    found = measure_layers(settings, small)
-    rows = ["none", "0", "1", "2", "4", "6", "7", "8", *(f"6+{i}" for i in (0, 1, 2, 4, 7, 8)), "all"]
-    assert {kind: list(found[kind]) for kind in found} == {"subject": rows, "motion": rows}
-    assert len(sampled) == 2 * len(rows) + 1  # the one that was cut off, again
-    assert sampled[:4] == [(), (0,), (1,), (2,)]
-    assert sampled[-1] == (0, 1, 2, 4, 6, 7, 8)
+        measure_influence(settings, small)
+    report = measure_influence(settings, small)
+    assert len(sampled) == 2 * 15 + 1  # the one that was cut off, again
+    assert sampled[:9] == [(), (0,), (1,), (2,), (4,), (6,), (7,), (8,), (0, 1, 2, 4, 6, 7, 8)]
+    for kind in KINDS:
+        scores = json.loads((tmp_path / "out" / f"{kind}s.json").read_text())["scores"]
+        assert list(scores)[:9] == ROWS
+        score = "clip_t" if kind == "subject" else "judge"
+        best = max(("0", "1", "2", "4", "6", "7", "8"), key=lambda row: np.mean(scores[row][score]))
+        assert list(scores)[9:] == [f"{best}+{other}" for other in ROWS[1:-1] if other != best]
+        assert all(len(values) == 2 for row in scores.values() for values in row.values())
+    page = report.read_text()
+    assert "--layers" in page
+    assert page.count("data:image/png;base64,") == 4
+    assert 'src="frames' not in page  # all within the file
+    sampled.clear()
+    measure_influence(settings, small)
+    assert not sampled
     with pytest.raises(UserError, match="other settings"):
-        measure_layers(replace(settings, seed=1), small)
-    with pytest.raises(UserError, match="layers with text"):
-        measure_layers(replace(settings, combined=[3], out=str(tmp_path / "other.json")), small)
+        measure_influence(replace(settings, seed=1), small)
     save_file(Judge().state_dict(), judge)
-    with pytest.raises(UserError, match="another base or judge"):
-        measure_layers(settings, small)
+    with pytest.raises(UserError, match="networks"):
+        measure_influence(settings, small)
+
+
+def test_bad_settings_are_refused_before_anything_is_sampled(small, judge, tmp_path):
+    settings = InfluenceSettings(out=str(tmp_path / "out"), judge=judge)
+    for changed in ({"pairs": 0}, {"pairs": 101}, {"pairs": 2, "batch_size": 0}, {"kinds": []}):
+        with pytest.raises(UserError):
+            measure_influence(replace(settings, **changed), small)
     small.recipe = replace(small.recipe, width=32)
-    with pytest.raises(UserError, match="32x64"):
-        measure_layers(settings, small)
-
-
-def test_a_clip_is_scored_by_the_second_prompt(judge):
-    first, second = prompt_pairs("subject", 4, seed=0)
-    reading = read_clip(load_judge(judge), torch.zeros(4, 3, 2, 64, 64))
-    classes = {"shape": 7, "colour": 8, "texture": 4}
-    one_hot = {name: torch.eye(count)[getattr(second, name)] for name, count in classes.items()}
-    one_hot["colour"][1:] = torch.eye(8)[first.colour[1:]]
-    found = scores(replace(reading, **one_hot), second, "subject")
-    assert found == {"shape": [True] * 4, "colour": [True, False, False, False], "texture": [True] * 4}
-
-
-def test_captions_of_pairs_differ():
-    first, second = prompt_pairs("motion", 5, seed=1)
-    assert all(caption(first, i) != caption(second, i) for i in range(5))
+    with pytest.raises(UserError, match="--clip"):
+        measure_influence(settings, small)
+    assert not (tmp_path / "out").exists()

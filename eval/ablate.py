@@ -1,0 +1,191 @@
+"""Ablations and methods (CustomTTT, tables 1, 3 and 4): every arm of a grid, trained, generated, scored, compared.
+
+python -m eval.ablate --config docs/results/tiny-grid.yaml
+"""
+
+import csv
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from eval.ablate_page import write_results
+from eval.grid import Cell, GridSettings, cells
+from eval.measures import mean
+from eval.page import spread
+from eval.plots import strips
+from eval.report import Picture
+from eval.scoring import (
+    Scorers,
+    ScorerSettings,
+    described,
+    open_scorers,
+    reference_tracks,
+    score_clips,
+    score_diversity,
+)
+from sampling import contact_sheet, read_video, write_media
+from sampling.generate import clip_files, generate_files
+from train.appearance import train_appearance
+from train.data import read_clip, read_subject
+from train.folder import RunFolder
+from train.motion import train_motion
+from train.run import up_to_date
+from train.ttt import train_ttt
+from weights import (
+    Base,
+    open_base,
+    parse_settings,
+    read_header,
+    read_json,
+    run_command,
+    settings_from,
+    sha256,
+    with_source,
+    write_json,
+)
+
+TRAIN: dict[str, Callable[..., Path]] = {"appearance": train_appearance, "motion": train_motion, "ttt": train_ttt}
+COLUMNS = 8  # frames of a clip in contact sheets
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a cell.
+
+    Args:
+        cell: which.
+        scores: means over its clips, by score.
+        seconds: of training, all its stages together, whether or not other cells share them.
+        parameters: of the LoRAs that are on when its clips are generated.
+        moved: how far test-time training went, see `train.report.movement`; empty without.
+    """
+
+    cell: Cell
+    scores: dict[str, float]
+    seconds: float
+    parameters: int
+    moved: dict[str, Any]
+
+
+def ablate(settings: GridSettings, base: Base | None = None) -> Path:
+    """Run all cells of a grid and compare its arms; what is done is skipped, runs that cells share are trained once.
+
+    Args:
+        settings: of the grid.
+        base: one that is loaded already; None loads what the settings name.
+
+    Returns:
+        The report, `report.html`; beside it `results.json` and `tables.md`.
+
+    Raises:
+        UserError: bad settings or files, or a stage that failed; what was done before is kept.
+    """
+    scorers = open_scorers(settings_from(ScorerSettings, settings.scores, "scores"))
+    base = base or open_base(settings)
+    settings = with_source(settings, base)
+    work = cells(settings, base)
+    if scorers.tracker is not None:
+        for cell in {cell.reference: cell for cell in work}.values():  # said before hours of training, not after
+            reference_tracks(scorers, inputs(cell, base)[1])
+    results = []
+    for cell in tqdm(work, desc="cells", position=0):
+        for stage, its in cell.stages.items():
+            TRAIN[stage](its, base)
+        if not up_to_date(cell.clips, files_of(cell)):
+            generate_files(cell.clips, base)
+        results.append(scored(cell, base, scorers))
+    return write_results(settings, results, described(scorers), sheets(settings, work, base))
+
+
+def files_of(cell: Cell) -> list[Path]:
+    """The cell's clips."""
+    return [file for _, _, file in clip_files(cell.clips)]
+
+
+def scored(cell: Cell, base: Base, scorers: Scorers) -> Result:
+    """Score the cell's clips, unless its `scores.json` has the scores of these very files by these scorers."""
+    files, record = files_of(cell), Path(cell.clips.out).with_name("scores.json")
+    known = {"scorers": described(scorers), "clips": [sha256(file) for file in files]}
+    kept = read_json(record) if record.is_file() else {}
+    if {name: kept.get(name) for name in known} != known:
+        images, reference = inputs(cell, base)
+        size = {"num_frames": len(reference), "height": base.recipe.height, "width": base.recipe.width}
+        videos = [read_video(file, **size) for file in files]
+        prompts, names = cell.clips.prompt * len(videos), [str(file) for file in files]
+        found = score_clips(scorers, videos, prompts, images, reference, names)
+        diversity = score_diversity(scorers, videos, prompts).get(prompts[0])
+        kept = {**known, "scores": found, "diversity": diversity}
+        write_json(record, kept)
+    runs = [Path(lora) for lora in cell.clips.lora]
+    moved = Path(cell.stages["ttt"].out) / "report.json" if "ttt" in cell.stages else None
+    return Result(
+        cell,
+        means(kept["scores"], kept["diversity"]),
+        sum(seconds(Path(its.out)) for its in cell.stages.values()),
+        sum(parameters(run) for run in runs),
+        read_json(moved) if moved is not None else {},
+    )
+
+
+def inputs(cell: Cell, base: Base) -> tuple[Tensor, Tensor]:
+    """The photos and the reference clip as the stages saw them: (m, 3, h, w) and (f, 3, h, w)."""
+    height, width, frames = base.recipe.height, base.recipe.width, base.recipe.num_frames
+    chosen = cell.stages.get("motion")
+    how = {name: getattr(chosen, name) for name in ("fps", "frame_step", "start")} if chosen is not None else {}
+    images, _ = read_subject(cell.images, "a photo", height, width)
+    return images, read_clip(cell.reference, frames, height, width, **how)
+
+
+def sheets(settings: GridSettings, work: Sequence[Cell], base: Base) -> list[Picture]:
+    """A picture for each group: photos, reference, then each arm's first clip with the first prompt and seed."""
+    made = []
+    for group in settings.groups:
+        its = [cell for cell in work if (cell.group, cell.prompt, cell.seed) == (group, 0, settings.seeds[0])]
+        images, reference = inputs(its[0], base)
+        frames, _, height, width = reference.shape
+        blank = images.new_ones(max(0, COLUMNS - len(images)), 3, height, width)
+        rows = {"photos": torch.cat([images[:COLUMNS], blank]), "reference": reference}
+        rows |= {cell.arm: read_video(files_of(cell)[0], frames, height, width) for cell in its}
+        files = {title: Path(settings.out) / "sheets" / f"{group}-{number}.png" for number, title in enumerate(rows)}
+        for title, file in files.items():
+            write_media(file, contact_sheet(spread(rows[title], COLUMNS), COLUMNS)[None])
+        picture = Path(settings.out) / f"sheet-{group}.png"
+        about = f'{group}: "{its[0].clips.prompt[0]}", seed {settings.seeds[0]}'
+        strips(picture, about, files)
+        made.append(Picture(picture, about))
+    return made
+
+
+def means(clips: Sequence[dict[str, float]], diversity: float | None) -> dict[str, float]:
+    """Of each score over the clips that have it; "leak" is that of all attributes that can leak."""
+    names = dict.fromkeys(name for clip in clips for name in clip)
+    found = {name: mean([clip[name] for clip in clips if name in clip]) for name in names}
+    leaks = [mean(its) for clip in clips if (its := [clip[name] for name in clip if name.startswith("leak_")])]
+    return found | ({"leak": mean(leaks)} if leaks else {}) | ({} if diversity is None else {"diversity": diversity})
+
+
+def seconds(run: Path) -> float:
+    """That the steps of a run took, by its log."""
+    with open(run / "log.csv", encoding="utf-8", newline="") as file:
+        return sum(float(row["seconds"]) for row in csv.DictReader(file))
+
+
+def parameters(run: Path) -> int:
+    """Of a run's LoRA."""
+    tensors = read_header(RunFolder(run).lora).tensors
+    return sum(torch.Size(its.shape).numel() for its in tensors.values())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python -m eval.ablate`."""
+    about = "A grid of arms over subjects, motions, prompts and seeds: train, generate, score, compare."
+    print(f"now open {ablate(parse_settings(GridSettings, argv, prog='python -m eval.ablate', description=about))}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,209 @@
+"""A grid of ablations on a narrow random base: what is trained, what is skipped, and how arms are compared."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import eval.ablate
+from eval.ablate import Result, ablate
+from eval.ablate_page import arms_table, compared_table, interval
+from eval.grid import Cell, GridSettings, cells
+from model import UserError
+from sampling import read_video
+from sampling.generate import loaded_loras
+from weights import parse_settings
+
+QUICK = {"steps": "1", "rank": "2"}
+ARMS = {
+    "base": {},
+    "looks": {"appearance": QUICK},
+    "both": {"appearance": QUICK, "motion": QUICK},
+    "TTT": {"appearance": QUICK, "motion": QUICK, "ttt": {"steps": "1"}},
+    "other layers": {"appearance": {**QUICK, "layers": ["0", "1"]}, "motion": QUICK},
+}
+
+
+def settings_for(tmp_path, material, **changed):
+    told = {
+        "out": str(tmp_path / "grid"),
+        "subjects": {"toy": {"name": "a toy", "images": str(material / "photos"), "trigger": "toy"}},
+        "motions": {"roll": {"name": "rolling", "prompt": "a ball is rolling", "video": str(material / "clip.mp4")}},
+        "groups": ["toy+roll"],
+        "prompts": ["{subject} is {motion} on the sand"],
+        "seeds": [0, 1],
+        "arms": ARMS,
+        "compare": ["both - base", "TTT - both"],
+        "clips": 2,
+        "scores": {"tracker": "lucas-kanade", "still": "0"},
+    }
+    return GridSettings(**{**told, **changed})
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_grid_trains_each_run_once_scores_every_cell_and_goes_on_where_it_stopped(
+    base, tmp_path, material, monkeypatch
+):
+    settings = settings_for(tmp_path, material)
+    sampled = []
+    generate = eval.ablate.generate_files
+
+    def counted(its, base):
+        sampled.append(its.out)
+        if len(sampled) == 4:
+            raise KeyboardInterrupt
+        return generate(its, base)
+
+    monkeypatch.setattr(eval.ablate, "generate_files", counted)
+    with pytest.raises(KeyboardInterrupt):
+        ablate(settings, base)
+    report = ablate(settings, base)
+    assert len(sampled) == 2 * len(ARMS) + 1
+    grid = tmp_path / "grid"
+    trained = sorted(path.name.rsplit("-", 1)[0] for path in (grid / "runs").iterdir())
+    expected = ["appearance-toy-s0", "appearance-toy-s0", "motion-roll-s0", "ttt-toy+roll-s0"]
+    assert trained == sorted(expected + [name.replace("s0", "s1") for name in expected])
+    results = json.loads((grid / "results.json").read_text())["cells"]
+    assert [(its["arm"], its["seed"]) for its in results] == [(arm, seed) for seed in (0, 1) for arm in ARMS]
+    told = {(its["arm"], its["seed"]): its for its in results}
+    assert told["base", 0]["parameters"] == told["base", 0]["seconds"] == 0
+    assert told["TTT", 1]["moved"]["prediction"]["relative change by test-time training"] > 0
+    [run] = (grid / "runs").glob("ttt-toy+roll-s0-*")
+    held = sum(tensor.numel() for tensor in load_file(run / "lora.safetensors").values())
+    assert told["TTT", 0]["parameters"] == told["both", 0]["parameters"] == held
+    assert told["other layers", 0]["parameters"] != held
+    assert all(np.isfinite(list(its["scores"].values())).all() for its in results)
+    page = report.read_text()
+    assert "data:image/png" in page
+    assert "TTT - both" in page
+    sampled.clear()
+    ablate(replace(settings, seeds=[1]), base)  # a part of it, from what is there
+    assert not sampled
+
+
+def test_arms_start_from_the_same_noise_and_differ_by_their_loras_alone(base, tmp_path, material):
+    found = cells(settings_for(tmp_path, material), base)
+    by_arm = {cell.arm: cell for cell in found if cell.seed == 0}
+    seeds = [cell.clips.seed for cell in by_arm.values()]
+    assert all(its == seeds[0] for its in seeds)
+    assert len(set(seeds[0])) == 2
+    assert {cell.clips.prompt[0] for cell in found} == {"a toy is rolling on the sand"}
+    other = next(cell for cell in found if cell.seed == 1)
+    assert not set(other.clips.seed) & set(seeds[0])
+    assert by_arm["both"].clips.lora == [by_arm["both"].stages[name].out for name in ("appearance", "motion")]
+    assert by_arm["TTT"].clips.lora == [by_arm["TTT"].stages["ttt"].out]
+    assert by_arm["TTT"].stages["ttt"].appearance == by_arm["looks"].stages["appearance"].out
+    assert by_arm["other layers"].stages["appearance"].layers == [0, 1]
+    assert by_arm["other layers"].stages["appearance"].out != by_arm["looks"].stages["appearance"].out
+    assert by_arm["other layers"].stages["motion"].out == by_arm["both"].stages["motion"].out
+    assert by_arm["looks"].stages["appearance"].trigger == "toy"
+    assert by_arm["both"].stages["motion"].prompt == "a ball is rolling"
+
+
+def test_rendered_inputs_are_drawn_anew_with_each_seed(small, tmp_path, material):
+    settings = settings_for(
+        tmp_path,
+        material,
+        subjects={"house": {"name": "a zor", "rendered": "4", "prompt": "a zor is resting"}},
+        motions={"patrol": {"name": "dax", "rendered": "4", "prompt": "{performer} is dax"}},
+        groups=["house+patrol"],
+        arms={"both": {"appearance": {}, "motion": {}}},
+        compare=[],
+    )
+    first, second = cells(settings, small)
+    assert first.images != second.images
+    clips = [read_video(cell.reference, 2, 64, 64) for cell in (first, second)]
+    assert not torch.equal(*clips)
+    prompts = [cell.stages["motion"].prompt for cell in (first, second)]
+    assert all(prompt.endswith(" is dax") and len(prompt.split()) == 6 for prompt in prompts)
+    assert prompts[0] != prompts[1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        ({"groups": ["toy+run"]}, "groups: toy\\+run is not"),
+        ({"groups": ["toy"]}, "groups: toy is not"),
+        ({"groups": []}, "needs groups"),
+        ({"seeds": [1, 1]}, "seeds: one is given twice"),
+        ({"prompts": ["a {dog}"]}, "nothing else in braces"),
+        ({"arms": {"a": {"looks": {}}}}, "looks is no stage"),
+        ({"arms": {"a": {"motion": {}, "ttt": {}}}}, "ttt needs appearance and motion"),
+        ({"arms": {"a b": {}, "A-B": {}}}, "folders would be the same"),
+        ({"arms": {"a": {"motion": {"speed": "1"}}}}, "speed"),
+        ({"arms": {"a": {"motion": {"seed": "1"}}}}, "seed is what the grid decides"),
+        ({"arms": {"a": {"generate": {"prompt": "x"}}}}, "prompt is what the grid decides"),
+        ({"compare": ["both"]}, "compare"),
+        ({"compare": ["both - all"]}, "compare"),
+        ({"paper": {"ours": {}}}, "paper: ours is no arm"),
+        ({"subjects": {"toy": {"name": "a toy"}}}, "give images or rendered"),
+        ({"subjects": {"toy": {"name": "a toy", "rendered": "5"}}}, "from 0 to 4"),
+        ({"motions": {"roll": {"name": "x", "prompt": "y", "video": "none.mp4"}}}, "none.mp4 does not exist"),
+    ],
+)
+def test_a_bad_grid_is_refused_before_anything_is_trained(base, tmp_path, material, changed, complaint):
+    with pytest.raises(UserError, match=complaint):
+        ablate(settings_for(tmp_path, material, **{"compare": [], **changed}), base)
+    assert not (tmp_path / "grid" / "runs").exists()
+
+
+def result(arm, group, seed, **scores):
+    cell = Cell(arm, group, 0, seed, {}, None, Path("."), Path("."))  # type: ignore[arg-type]
+    return Result(cell, scores, 10.0, 1000, {})
+
+
+def test_means_spread_and_differences_are_those_of_a_loop(tmp_path, material):
+    rng = np.random.default_rng(0)
+    groups, seeds = ["toy+roll", "toy+jump", "cup+roll"], [0, 1, 2]
+    table = {(arm, g, s): rng.normal() for arm in ("both", "base") for g in groups for s in seeds}
+    results = [result(arm, group, seed, clip_t=value) for (arm, group, seed), value in table.items()]
+    settings = settings_for(
+        tmp_path,
+        material,
+        groups=groups,
+        seeds=seeds,
+        arms={"both": {}, "base": {}},
+        compare=["both - base"],
+        paper={"both": {"clip_t": "0.295"}},
+    )
+    rows = arms_table(settings, results).rows
+    for row, arm in ((rows[0], "both"), (rows[2], "base")):
+        means = [np.mean([table[arm, group, seed] for group in groups]) for seed in seeds]
+        assert row == [arm, f"{np.mean(means):.3f} ± {np.std(means, ddof=1):.3f}", "10", "1,000"]
+    assert rows[1] == ["  the paper's", "0.295", "-", "-"]
+    differences = {(g, s): table["both", g, s] - table["base", g, s] for g in groups for s in seeds}
+    [[line, cell]] = compared_table(settings, results).rows
+    assert line == "both - base"
+    assert cell.startswith(f"{np.mean(list(differences.values())):+.3f} [")
+    # the interval by another bootstrap over whole groups
+    by_group = np.array([[differences[g, s] for s in seeds] for g in groups])
+    drawn = [by_group[rng.integers(3, size=3)].mean() for _ in range(20000)]
+    low, high = (float(end) for end in cell.partition(" ")[2].strip("[]").split(", "))
+    np.testing.assert_allclose([low, high], np.quantile(drawn, [0.025, 0.975]), atol=0.05)
+
+
+def test_a_single_group_has_an_interval_over_its_cells_and_a_single_cell_none():
+    assert interval({("a+b", 0, 0): 1.0}) is None
+    assert interval({("a+b", 0, 0): 1.0, ("a+b", 0, 1): 3.0}) == (1.0, 3.0)
+
+
+def test_the_grid_of_the_tiny_results_is_one(tmp_path):
+    file = Path(__file__).parents[2] / "docs" / "results" / "tiny-grid.yaml"
+    settings = parse_settings(GridSettings, ["--config", str(file), "--out", str(tmp_path)])
+    assert len(settings.groups) >= 5
+    assert len(settings.seeds) >= 3
+    assert {"without TTT", "TTT, 5 reference steps", "TTT, 10 reference steps"} <= set(settings.arms)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_arm_without_loras_generates_with_the_base_alone(base, tmp_path, material):
+    settings = settings_for(tmp_path, material, arms={"base": {}}, seeds=[0], compare=[], clips=1)
+    ablate(settings, base)
+    [cell] = cells(settings, base)
+    with loaded_loras(base, []):
+        expected = eval.ablate.generate_files(replace(cell.clips, out=str(tmp_path / "alone.mp4")), base)
+    assert Path(cell.clips.out).read_bytes() == expected[0].read_bytes()

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.ablate_page import write_results
-from eval.grid import Cell, GridSettings, cells
+from eval.ablate_page import write_report, write_tables
+from eval.grid import Cell, cells
+from eval.grid_settings import GridSettings
 from eval.measures import mean
 from eval.page import spread
-from eval.plots import strips
+from eval.plots import check_plots, strips
 from eval.report import Picture
+from eval.scorers import fingerprints
 from eval.scoring import (
     Scorers,
     ScorerSettings,
@@ -28,10 +30,12 @@ from eval.scoring import (
     score_clips,
     score_diversity,
 )
+from model import UserError
 from sampling import contact_sheet, read_video, write_media
 from sampling.generate import clip_files, generate_files
 from train.appearance import train_appearance
-from train.data import read_clip, read_subject
+from train.data import clip_files as clip_files_of
+from train.data import read_clip, read_subject, subject_files
 from train.folder import RunFolder
 from train.motion import train_motion
 from train.run import up_to_date
@@ -85,12 +89,14 @@ def ablate(settings: GridSettings, base: Base | None = None) -> Path:
     Raises:
         UserError: bad settings or files, or a stage that failed; what was done before is kept.
     """
-    scorers = open_scorers(settings_from(ScorerSettings, settings.scores, "scores"))
+    check_plots()  # that nothing is missing is said before hours of work, not after
     base = base or open_base(settings)
     settings = with_source(settings, base)
+    wanted = settings_from(ScorerSettings, {"device": settings.device, **settings.scores}, "scores")
+    scorers, known = open_scorers(wanted), fingerprints(wanted)
     work = cells(settings, base)
     if scorers.tracker is not None:
-        for cell in {cell.reference: cell for cell in work}.values():  # said before hours of training, not after
+        for cell in {(cell.reference, *cell.frames.values()): cell for cell in work}.values():
             reference_tracks(scorers, inputs(cell, base)[1])
     results = []
     for cell in tqdm(work, desc="cells", position=0):
@@ -98,8 +104,9 @@ def ablate(settings: GridSettings, base: Base | None = None) -> Path:
             TRAIN[stage](its, base)
         if not up_to_date(cell.clips, files_of(cell)):
             generate_files(cell.clips, base)
-        results.append(scored(cell, base, scorers))
-    return write_results(settings, results, described(scorers), sheets(settings, work, base))
+        results.append(scored(cell, base, scorers, known))
+    write_tables(settings, results, described(scorers))
+    return write_report(settings, results, described(scorers), sheets(settings, work, base))
 
 
 def files_of(cell: Cell) -> list[Path]:
@@ -107,38 +114,50 @@ def files_of(cell: Cell) -> list[Path]:
     return [file for _, _, file in clip_files(cell.clips)]
 
 
-def scored(cell: Cell, base: Base, scorers: Scorers) -> Result:
-    """Score the cell's clips, unless its `scores.json` has the scores of these very files by these scorers."""
+def scored(cell: Cell, base: Base, scorers: Scorers, known: dict[str, Any]) -> Result:
+    """Score the cell's clips, unless its `scores.json` was made by these scorers of these very files."""
     files, record = files_of(cell), Path(cell.clips.out).with_name("scores.json")
-    known = {"scorers": described(scorers), "clips": [sha256(file) for file in files]}
-    kept = read_json(record) if record.is_file() else {}
-    if {name: kept.get(name) for name in known} != known:
+    about = {
+        "scorers": known,
+        "prompt": cell.clips.prompt[0],
+        "clips": [sha256(file) for file in files],
+        "images": [sha256(file) for file in subject_files(cell.images).values()],
+        "reference": [*(sha256(file) for file in clip_files_of(cell.reference).values()), *cell.frames.values()],
+    }
+    kept = read_cache(record)
+    if {name: kept.get(name) for name in about} != about or not {"scores", "diversity"} <= kept.keys():
         images, reference = inputs(cell, base)
         size = {"num_frames": len(reference), "height": base.recipe.height, "width": base.recipe.width}
         videos = [read_video(file, **size) for file in files]
         prompts, names = cell.clips.prompt * len(videos), [str(file) for file in files]
         found = score_clips(scorers, videos, prompts, images, reference, names)
         diversity = score_diversity(scorers, videos, prompts).get(prompts[0])
-        kept = {**known, "scores": found, "diversity": diversity}
+        kept = {**about, "scores": found, "diversity": diversity}
         write_json(record, kept)
-    runs = [Path(lora) for lora in cell.clips.lora]
     moved = Path(cell.stages["ttt"].out) / "report.json" if "ttt" in cell.stages else None
     return Result(
         cell,
         means(kept["scores"], kept["diversity"]),
         sum(seconds(Path(its.out)) for its in cell.stages.values()),
-        sum(parameters(run) for run in runs),
+        sum(parameters(Path(lora)) for lora in cell.clips.lora),
         read_json(moved) if moved is not None else {},
     )
 
 
+def read_cache(record: Path) -> dict[str, Any]:
+    """What a cell's `scores.json` holds; nothing where it is not there, or damaged: it can be made again."""
+    try:
+        kept = read_json(record) if record.is_file() else {}
+    except UserError:
+        return {}
+    return kept if isinstance(kept, dict) else {}
+
+
 def inputs(cell: Cell, base: Base) -> tuple[Tensor, Tensor]:
-    """The photos and the reference clip as the stages saw them: (m, 3, h, w) and (f, 3, h, w)."""
-    height, width, frames = base.recipe.height, base.recipe.width, base.recipe.num_frames
-    chosen = cell.stages.get("motion")
-    how = {name: getattr(chosen, name) for name in ("fps", "frame_step", "start")} if chosen is not None else {}
-    images, _ = read_subject(cell.images, "a photo", height, width)
-    return images, read_clip(cell.reference, frames, height, width, **how)
+    """The photos and the reference clip as the stages see them: (m, 3, h, w) and (f, 3, h, w)."""
+    recipe = base.recipe
+    images, _ = read_subject(cell.images, "a photo", recipe.height, recipe.width)
+    return images, read_clip(cell.reference, recipe.num_frames, recipe.height, recipe.width, **cell.frames)
 
 
 def sheets(settings: GridSettings, work: Sequence[Cell], base: Base) -> list[Picture]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eval.grid import GridSettings
+from eval.grid_settings import GridSettings
 from eval.measures import crossed_interval
 from eval.plots import bars
 from eval.report import Heading, Part, Picture, Table, markdown_table, text_table, write_page
@@ -24,19 +24,26 @@ COLUMNS = (
 PLOTTED = ("clip_t", "clip_i", "temporal_consistency", "motion_fidelity", "identity", "path_error")
 
 
-def write_results(
-    settings: GridSettings, results: Sequence["Result"], titles: Mapping[str, str], sheets: Sequence[Picture]
-) -> Path:
-    """Write `results.json`, `tables.md`, a plot and `report.html`, and print the tables.
+def all_tables(settings: GridSettings, results: Sequence["Result"]) -> dict[str, Table]:
+    """The tables that have rows: of the arms, of their differences, and of how far test-time training went."""
+    tables = {"arms": arms_table(settings, results), "compared": compared_table(settings, results)}
+    tables["moved"] = moved_table(results)
+    return {name: table for name, table in tables.items() if table.rows}
+
+
+def legend(results: Sequence["Result"], titles: Mapping[str, str]) -> list[str]:
+    """How each column was taken, in a line."""
+    leak = "leak: share of the attributes that could leak from the reference clip and did"
+    return [f"{name}: {titles[name]}" if name in titles else leak for name in score_names(results)]
+
+
+def write_tables(settings: GridSettings, results: Sequence["Result"], titles: Mapping[str, str]) -> None:
+    """Write `results.json` and `tables.md`, and print the tables.
 
     Args:
         settings: of the grid.
         results: of all its cells.
         titles: what each score is, model and protocol included.
-        sheets: frames of the groups.
-
-    Returns:
-        The report.
     """
     folder = Path(settings.out)
     cells = [
@@ -44,39 +51,53 @@ def write_results(
         for its in results
     ]
     write_json(folder / "results.json", {"settings": asdict(settings), "titles": dict(titles), "cells": cells})
-    arms, compared, moved = arms_table(settings, results), compared_table(settings, results), moved_table(results)
-    leak = "leak: share of the attributes that could leak from the reference clip and did"
-    legend = [f"{name}: {titles[name]}" if name in titles else leak for name in score_names(results)]
-    tables = [arms, *([compared] if compared.rows else []), *([moved] if moved.rows else [])]
+    tables = all_tables(settings, results).values()
     for table in tables:
         print(f"\n{text_table(table)}")
+    notes = "\n".join(f"* {line}" for line in [*legend(results, titles), how(settings)])
     with atomic_write(folder / "tables.md") as temporary:
-        text = "\n\n".join([*map(markdown_table, tables), "\n".join(f"* {line}" for line in legend)])
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text("\n\n".join([*map(markdown_table, tables), notes]) + "\n", encoding="utf-8")
 
-    plot = folder / "arms.png"
+
+def how(settings: GridSettings) -> str:
+    """How means, spread and intervals were taken."""
+    groups, prompts, seeds = len(settings.groups), len(settings.prompts), len(settings.seeds)
+    drawn = "subjects and motions" if groups > 1 else "cells, there being one group"
+    return (
+        f"{groups} groups, {prompts} prompts each, {seeds} seeds, {settings.clips} clips a cell. Means over all cells "
+        "that have a score (n where not all do); ± is the standard deviation of the seeds' means. Differences are of "
+        "cells with the same group, prompt and seed; in brackets 95 % intervals by a bootstrap that draws "
+        f"{drawn}, rough where these are few."
+    )
+
+
+def write_report(
+    settings: GridSettings, results: Sequence["Result"], titles: Mapping[str, str], sheets: Sequence[Picture]
+) -> Path:
+    """Write a plot of the arms and `report.html`, with all tables, the contact sheets and the settings in it.
+
+    Args:
+        settings: of the grid.
+        results: of all its cells.
+        titles: as for `write_tables`.
+        sheets: frames of the groups.
+
+    Returns:
+        The report.
+    """
+    folder, tables = Path(settings.out), all_tables(settings, results)
     scores = [name for name in PLOTTED if name in score_names(results)]
     heights = {
         name: [(its_mean(picked), *(interval(picked) or (None, None))) for picked in by_arm(settings, results, name)]
         for name in scores
     }
-    bars(plot, "means of the arms; lines are 95 % intervals over groups", heights, list(settings.arms))
-    groups, seeds = len(settings.groups), len(settings.seeds)
-    moves: list[Part] = [Heading("How far test-time training went"), moved] if moved.rows else []
-    parts: list[Part] = [
-        f"{groups} groups, {len(settings.prompts)} prompts each, {seeds} seeds, {settings.clips} clips a cell. Means "
-        "over all; ± is the standard deviation of the seeds' means.",
-        arms,
-        *legend,
-        Heading("Paired differences"),
-        "Of cells with the same group, prompt and seed; in brackets 95 % intervals by a bootstrap over groups, which "
-        f"are rough where groups are few ({groups} here).",
-        compared,
-        *moves,
-        Picture(plot, "Means of the arms"),
-        *sheets,
-        "Settings: " + ", ".join(f"{name} {value}" for name, value in asdict(settings).items()),
-    ]
+    bars(folder / "arms.png", "means of the arms, with 95 % intervals", heights, list(settings.arms))
+    heads = {"compared": "Paired differences", "moved": "How far test-time training went"}
+    parts: list[Part] = [how(settings)]
+    for name, table in tables.items():
+        parts += [Heading(heads[name]), table] if name in heads else [table, *legend(results, titles)]
+    parts += [Picture(folder / "arms.png", "Means of the arms"), *sheets]
+    parts.append("Settings: " + ", ".join(f"{name} {value}" for name, value in asdict(settings).items()))
     write_page(folder / "report.html", "Ablations", parts)
     return folder / "report.html"
 
@@ -116,14 +137,25 @@ def spread_over_seeds(values: Mapping[tuple[str, int, int], float]) -> float | N
 
 
 def interval(values: Mapping[tuple[str, int, int], float]) -> tuple[float, float] | None:
-    """95 % by a bootstrap over groups, whose cells stay together; over cells where there is but one group."""
-    clusters = [group for group, _, _ in values]
-    if len(set(clusters)) == 1:
-        clusters = [str(key) for key in values]
-    if len(set(clusters)) < 2:
+    """95 % by a bootstrap that draws subjects and motions, in which groups may share them; a group's cells stay
+    together. Over cells where there is but one group; None for one cell.
+    """
+    if len(values) < 2:
         return None
-    numbers = [sorted(set(clusters)).index(cluster) for cluster in clusters]
-    return crossed_interval(torch.tensor(list(values.values())), numbers, [0] * len(numbers))
+    keys = list(values)
+    who, what = zip(*(group.split("+") for group, _, _ in keys), strict=True)
+    if len({*zip(who, what, strict=True)}) == 1:
+        who, what = tuple(map(str, keys)), ("",) * len(keys)
+    numbers = [[sorted(set(names)).index(name) for name in names] for names in (who, what)]
+    if tied(numbers[0], numbers[1]):
+        numbers[1] = [0] * len(keys)
+    return crossed_interval(torch.tensor(list(values.values())), numbers[0], numbers[1])
+
+
+def tied(first: Sequence[int], second: Sequence[int]) -> bool:
+    """Whether each subject goes with one motion and each motion with one subject: then a group is one draw, not two."""
+    pairs = set(zip(first, second, strict=True))
+    return len(pairs) == len(set(first)) == len(set(second))
 
 
 def arms_table(settings: GridSettings, results: Sequence["Result"]) -> Table:
@@ -133,7 +165,7 @@ def arms_table(settings: GridSettings, results: Sequence["Result"]) -> Table:
     rows = []
     for number, arm in enumerate(settings.arms):
         its = [result for result in results if result.cell.arm == arm]
-        cells = [with_spread(column[number]) for column in columns]
+        cells = [with_spread(column[number], len(its)) for column in columns]
         took = sum(result.seconds for result in its) / len(its)
         rows.append([arm, *cells, f"{took:.0f}", f"{its[0].parameters:,}"])
         if arm in settings.paper:
@@ -142,12 +174,17 @@ def arms_table(settings: GridSettings, results: Sequence["Result"]) -> Table:
     return Table(["arm", *scores, "seconds", "parameters"], rows)
 
 
-def with_spread(values: Mapping[tuple[str, int, int], float]) -> str:
-    """ "0.512 ± 0.010", or less of it."""
+def with_spread(values: Mapping[tuple[str, int, int], float], cells: int) -> str:
+    """ "0.512 ± 0.010", or less of it; with the number of cells that have the score where that is not all of them."""
     if not values:
         return "-"
-    spread_ = spread_over_seeds(values)
-    return f"{its_mean(values):.3f}" + ("" if spread_ is None else f" ± {spread_:.3f}")
+    spread = spread_over_seeds(values)
+    return f"{its_mean(values):.3f}" + ("" if spread is None else f" ± {spread:.3f}") + fewer(values, cells)
+
+
+def fewer(values: Mapping[tuple[str, int, int], float], cells: int) -> str:
+    """ " (n = 3)" where not all cells have a value."""
+    return f" (n = {len(values)})" if len(values) < cells else ""
 
 
 def compared_table(settings: GridSettings, results: Sequence["Result"]) -> Table:
@@ -163,7 +200,8 @@ def compared_table(settings: GridSettings, results: Sequence["Result"]) -> Table
             pairs = {key: values[after][key] - values[before][key] for key in values[after] if key in shared}
             ends = interval(pairs) if pairs else None
             bracket = "" if ends is None else " [{:+.3f}, {:+.3f}]".format(*ends)
-            cells.append(f"{its_mean(pairs):+.3f}{bracket}" if pairs else "-")
+            count = sum(its.cell.arm == list(settings.arms)[after] for its in results)
+            cells.append(f"{its_mean(pairs):+.3f}{bracket}{fewer(pairs, count)}" if pairs else "-")
         rows.append([line, *cells])
     return Table(["difference", *scores], rows)
 

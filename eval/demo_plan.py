@@ -1,23 +1,15 @@
 """What a demonstration is asked for, and the settings of all its steps that follow from it."""
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
-import train.appearance
-import train.motion
-import train.ttt
+from eval.checks import check_stages
 from eval.demo_inputs import BACKGROUND, MOTION_WORD, PERFORMER, PHOTOGRAPHED, SUBJECT_WORD
 from eval.reading import load_judge
-from lora import adapter_names, add_adapter, copy_adapter, remove_adapter
 from model import Recipe, UserError
 from sampling import check_size
-from sampling.ddim import ddim_sample
 from sampling.generate import GenerateSettings, clip_files
 from train.appearance import AppearanceSettings
 from train.data import clip_files as clip_files_of
@@ -26,7 +18,7 @@ from train.motion import MotionSettings, read_frames
 from train.run import RunSettings, section
 from train.ttt import TTTSettings
 from train.world import HELD_OUT_MOTIONS, HELD_OUT_SUBJECTS, SIZE
-from weights import Base, BaseSettings, LoRAEntry
+from weights import Base, BaseSettings
 
 Settings = TypeVar("Settings", bound=BaseSettings)
 
@@ -174,69 +166,10 @@ def check_base(settings: DemoSettings, plan: Plan, base: Base) -> None:
         read_subject(settings.images, plan.looks.prompt, height, width)
     if settings.video is not None:
         read_frames(plan.moves, base)
-    check_steps(plan, base)
+    stages = {"appearance": plan.looks, "motion": plan.moves, "ttt": plan.both}
+    check_stages(stages, plan.clips["ttt"], base)
     if is_scored(settings, frames, height, width):
         load_judge()
-
-
-def check_steps(plan: Plan, base: Base) -> None:
-    """Check each step's numbers as the step itself would; the network is left as it was.
-
-    Raises:
-        UserError: a number out of its range, with the step's table before it.
-    """
-    stages = {
-        "appearance": (train.appearance.with_defaults(plan.looks, base), "spatial"),
-        "motion": (train.motion.with_defaults(plan.moves, base), "temporal"),
-    }
-    start = torch.Generator().manual_seed(0)  # not the global one, whose state is not ours to change
-    entries: dict[str, LoRAEntry] = {}
-    try:
-        for name, (its, kind) in stages.items():
-            with table_named(name):
-                its.loop()
-                options = {"targets": its.targets, "dropout": its.dropout, "generator": start}
-                spec = add_adapter(base.unet, name, kind, its.layers, its.rank, **options)
-                entries[name] = LoRAEntry(spec, its.prompt)
-        with table_named("ttt"):
-            both = train.ttt.with_defaults(plan.both, base, entries)
-            both.loop()
-            if both.reference == "whole":
-                check_sampling(base, both.reference_steps, both.reference_spacing)
-            copy_adapter(base.unet, "motion", "student", both.dropout)
-    finally:
-        for name in (*entries, "student"):
-            if name in adapter_names(base.unet):
-                remove_adapter(base.unet, name)
-    with table_named("generate"):
-        clips = plan.clips["ttt"]
-        check_sampling(
-            base, base.recipe.sampling_steps if clips.steps is None else clips.steps, clips.spacing, clips.eta
-        )
-
-
-def check_sampling(base: Base, steps: int, spacing: str, eta: float = 0.0) -> None:
-    """Begin to sample and stop before the first step; raises UserError where a number is out of its range."""
-    nothing = torch.zeros(1, 1, 1, 1, 1)
-    ddim_sample(
-        lambda latents, _: latents,
-        nothing,
-        base.schedule,
-        steps,
-        spacing=spacing,
-        eta=eta,
-        step_noise=lambda _: nothing,
-        only_first=0,
-    )
-
-
-@contextmanager
-def table_named(name: str) -> Iterator[None]:
-    """Put the name of a step's table before what is wrong within the block."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from error
 
 
 def is_scored(settings: DemoSettings, frames: int, height: int, width: int) -> bool:

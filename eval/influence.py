@@ -14,10 +14,13 @@ from tqdm import tqdm
 
 from eval.clip import CLIPScorer, clip_t, load_clip
 from eval.influence_page import Result, influence_table, write_report
+from eval.measures import mean
 from eval.page import spread
 from eval.pairs import read_pairs, shipped_pairs
-from eval.reading import ClipReading, Judge, digest, judge_file, load_judge, read_clip
+from eval.plots import check_plots
+from eval.reading import ClipReading, Judge, load_judge, read_clip
 from eval.recommend import Recommendation, Scores, best_row, ranked_by, recommend
+from eval.scorers import ScorerSettings, fingerprints
 from eval.words import named
 from model import UNet3D, UserError
 from sampling import contact_sheet, decode, derived_seed, encode, sample_latents, write_media
@@ -105,13 +108,18 @@ def judged(reading: ClipReading, prompts: Sequence[str], others: Sequence[str], 
     """For each clip the share of what p* names and p does not (shape, colour, texture; or the motion) that is seen."""
     shares = []
     for i, (prompt, other) in enumerate(zip(prompts, others, strict=True)):
-        before, asked = named(prompt), named(other)
-        new = [name for name in JUDGED[kind] if name in asked and asked[name] != before.get(name)]
-        if not new:
-            raise UserError(f"{other!r} names no {kind} of the rendered world that {prompt!r} does not")
-        right = [int(getattr(reading, name)[i].argmax()) == asked[name] for name in new]
-        shares.append(sum(right) / len(right))
+        new = asked_anew(prompt, other, kind)
+        shares.append(mean([int(getattr(reading, name)[i].argmax()) == number for name, number in new.items()]))
     return shares
+
+
+def asked_anew(prompt: str, other: str, kind: str) -> dict[str, int]:
+    """Classes of the rendered world that p* names and p does not; raises UserError where there are none."""
+    before, asked = named(prompt), named(other)
+    new = {name: asked[name] for name in JUDGED[kind] if name in asked and asked[name] != before.get(name)}
+    if not new:
+        raise UserError(f"{other!r} names no {kind} of the rendered world that {prompt!r} does not")
+    return new
 
 
 class Measurement:
@@ -128,6 +136,10 @@ class Measurement:
         count = len(listed) if settings.pairs is None else settings.pairs
         if not 1 <= count <= len(listed) or settings.batch_size < 1:
             raise UserError(f"pairs must be from 1 to the {len(listed)} of {table}, and batch_size at least 1")
+        if kind == "motion" and base.unet.config.motion is None:
+            raise UserError(f"{base.name} has no motion modules to train: give --motion_module, or --kinds subject")
+        for pair in listed[:count] if judge is not None else ():
+            asked_anew(*pair, kind)
         self.pairs, self.steps = listed[:count], QUICK if settings.quick else base.recipe.sampling_steps
         self.file = Path(settings.out) / f"{kind}s.json"
         about = {
@@ -137,10 +149,11 @@ class Measurement:
             "pairs": sha256(Path(table)),
             "base": base.fingerprints,
             "clip": clip.name,
-            "judge": None if judge is None else digest(judge_file(settings.judge)),
+            "scored by": fingerprints(ScorerSettings(clip=settings.clip, judge=settings.judge))["files"],
         }
         self.record: dict[str, Any] = read_json(self.file) if self.file.is_file() else {**about, "scores": {}}
-        if not isinstance(self.record, dict) or {k: v for k, v in self.record.items() if k != "scores"} != about:
+        same = isinstance(self.record, dict) and {k: v for k, v in self.record.items() if k != "scores"} == about
+        if not same or not isinstance(self.record.get("scores"), dict):
             raise UserError(f"{self.file} holds scores of other settings, pairs or networks: give --out a new name")
 
     @property
@@ -219,7 +232,9 @@ def measure_influence(settings: InfluenceSettings, base: Base | None = None) -> 
             f"{base.name} does not paint the rendered world, and the tiny base's CLIP knows nothing else: name a "
             "folder of CLIP ViT-B/32 with --clip"
         )
-    clip, judge = load_clip(settings.clip), load_judge(settings.judge) if rendered else None
+    check_plots()  # said before an hour of sampling, not after
+    clip = load_clip(settings.clip, str(base.unet.device))
+    judge = load_judge(settings.judge) if rendered else None
     measurements = [Measurement(settings, kind, base, clip, judge) for kind in settings.kinds]
     found: dict[str, Recommendation] = {its.kind: influence(its) for its in measurements}
     results = [Result(its.kind, its.record, its.pairs, found[its.kind]) for its in measurements]

@@ -29,6 +29,8 @@ def read_pairs(path: str | Path) -> list[tuple[str, str]]:
         raise UserError(f"{path}: the first line must be {','.join(COLUMNS)}")
     pairs = []
     for number, line in enumerate(lines[1:], start=2):
+        if not line:
+            continue
         words = [prompt.strip() for prompt in line]
         if len(words) != 2 or not all(words) or words[0] == words[1]:
             raise UserError(f"{path}, line {number}: two different prompts were expected, not {','.join(line)!r}")

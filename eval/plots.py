@@ -1,5 +1,6 @@
 """Pictures with axes and labels, by matplotlib (`pip install -e ".[eval]"`)."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def bars(
         panel.set_ylabel(name, fontsize=9)
         panel.set_xticks(range(len(labels)), labels, fontsize=8, rotation=0 if max(map(len, labels)) < 8 else 25)
         panel.spines[["top", "right"]].set_visible(False)
-        seen = [value for triple in heights for value in triple if value is not None]
+        seen = [value for triple in heights for value in triple if value is not None and math.isfinite(value)] or [0.0]
         room = 0.15 * (max(seen) - min(seen)) or 0.1
         # CLIP's scores lie close together, far from 0: the axis shows where they differ
         panel.set_ylim(min(seen) - room, max(seen) + room)
@@ -77,12 +78,18 @@ def strips(file: Path, title: str, rows: Mapping[str, Path], marked: Sequence[st
     _save(figure, file)
 
 
+def check_plots() -> None:
+    """Raises UserError where matplotlib is not installed."""
+    _pyplot()
+
+
 def _pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
         raise UserError('plots need matplotlib: pip install -e ".[eval]"') from error
     matplotlib.use("agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a prompt may hold a $
     import matplotlib.pyplot
 
     return matplotlib.pyplot

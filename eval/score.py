@@ -16,7 +16,7 @@ from eval.measures import mean
 from eval.scoring import TITLES, ScorerSettings, described, open_scorers, score_clips, score_diversity, together
 from model import UserError
 from sampling import image_files
-from sampling.generate import GenerateSettings, clip_files
+from sampling.generate import numbered
 from sampling.media import _natural
 from sampling.whole import read_whole
 from weights import parse_settings, read_json, run_command, write_json
@@ -143,6 +143,8 @@ def found_prompts(clips: Sequence[Path], given: Sequence[str]) -> list[str]:
         UserError: neither one prompt nor as many as clips.
     """
     if given:
+        if not all(prompt.strip() for prompt in given):
+            raise UserError("--prompt is empty: say what the clips should show, or leave it out")
         if len(given) not in (1, len(clips)):
             raise UserError(f"--prompt has {len(given)} prompts for {len(clips)} clips: give one, or one for each")
         return list(given) * (len(clips) if len(given) == 1 else 1)
@@ -159,19 +161,27 @@ def kept_prompts(folder: Path) -> dict[str, str]:
     for file in sorted(folder.glob("*.settings.json")):
         try:
             kept = read_json(file)
-            out = folder / Path(kept["out"]).name
-            jobs = clip_files(GenerateSettings(prompt=kept["prompt"], seed=kept["seed"], out=str(out)))
-        except (UserError, KeyError, TypeError) as error:
+            prompts, seeds, out = kept["prompt"], kept["seed"], folder / Path(kept["out"]).name
+            if not all(isinstance(prompt, str) for prompt in prompts):
+                raise TypeError("its prompts are no texts")
+            found |= {path.name: prompt for prompt, _, path in numbered(prompts, seeds, out)}
+        except (UserError, KeyError, TypeError, ValueError) as error:
             warnings.warn(f"{file} does not tell the prompts of clips beside it: {error}", stacklevel=2)
-            continue
-        found |= {path.name: prompt for prompt, _, path in jobs}
     return found
 
 
 def read_photos(paths: Sequence[str]) -> list[Tensor] | None:
     """Photos, or those in folders, each (3, h, w) at its own size; None where none are given."""
     files = [file for path in map(Path, paths) for file in (image_files(path) if path.is_dir() else [path])]
-    return [read_whole(file)[0][0] for file in files] or None
+    return [read_photo(file) for file in files] or None
+
+
+def read_photo(file: Path) -> Tensor:
+    """One photo (3, h, w) at its own size; UserError for a video, whose first frame is no photo of the subject."""
+    frames, _ = read_whole(file)
+    if len(frames) > 1:
+        raise UserError(f"{file} was given as a photo, and is a video of {len(frames)} frames")
+    return frames[0]
 
 
 def read_clip(path: Path) -> tuple[Tensor, float | None]:

@@ -2,19 +2,22 @@
 
 import importlib.util
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 from eval.clip import CLIPScorer, load_clip
 from eval.distances import Distance, clip_distance, load_lpips
-from eval.reading import Judge, load_judge
+from eval.reading import Judge, judge_file, load_judge
 from eval.rendered import judge_tracker
 from eval.tracks import WEIGHTS, Tracker, load_cotracker, lucas_kanade
 from eval.words import LEAKING
 from model import UserError
+from weights import sha256
 from weights.device import choose_device
+from weights.load import TINY as TINY_BASE
 
-TINY = "tiny CLIP"
+TINY, TINY_CLIP = "tiny CLIP", TINY_BASE / "clip"
 TRACKERS = {"lucas-kanade": "Lucas-Kanade", "cotracker": "CoTracker3", "judge": "the rendered world's judge"}
 
 
@@ -116,6 +119,22 @@ def open_scorers(settings: ScorerSettings) -> Scorers:
         by_features=settings.lpips is None,
         batch_size=settings.batch_size,
     )
+
+
+def fingerprints(settings: ScorerSettings) -> dict[str, Any]:
+    """What tells scores by these settings from others: the settings, the contents of their files, and what is there."""
+    folder = TINY_CLIP if settings.clip is None else Path(settings.clip)
+    named = [settings.tracker_weights, settings.lpips, judge_file(settings.judge)]
+    files = sorted(its for path in (folder, *named) if path is not None for its in _files(Path(path)))
+    return {
+        "settings": {name: value for name, value in asdict(settings).items() if name not in ("device", "batch_size")},
+        "files": {file.name: sha256(file) for file in files},
+        "OpenCV": importlib.util.find_spec("cv2") is not None,
+    }
+
+
+def _files(path: Path) -> list[Path]:
+    return [its for its in path.iterdir() if its.is_file()] if path.is_dir() else [path] if path.is_file() else []
 
 
 TITLES: dict[str, str] = {

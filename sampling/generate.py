@@ -116,12 +116,19 @@ def clip_files(settings: GenerateSettings) -> list[tuple[str, int, Path]]:
         raise UserError(f"fps must be from 0.1 to 1000, and is {settings.fps}")
     out = Path(settings.out)
     check_writable(settings.out)
-    if len(settings.prompt) * len(settings.seed) == 1:
-        return [(settings.prompt[0], settings.seed[0], out)]
+    return numbered(settings.prompt, settings.seed, out)
+
+
+def numbered(prompts: Sequence[str], seeds: Sequence[int], out: Path) -> list[tuple[str, int, Path]]:
+    """A clip for each prompt with each seed: both, and its file, which has numbers behind the name of `out` where there
+    are several.
+    """
+    if len(prompts) * len(seeds) == 1:
+        return [(prompts[0], seeds[0], out)]
     return [
         (prompt, seed, out.with_name(f"{out.stem}-{number}-seed{seed}{out.suffix}"))
-        for number, prompt in enumerate(settings.prompt, start=1)
-        for seed in settings.seed
+        for number, prompt in enumerate(prompts, start=1)
+        for seed in seeds
     ]
 
 

@@ -189,7 +189,7 @@ def _build(cls: type[Settings], values: dict[str, Any], where: str) -> Settings:
 
 
 def _unknown(name: str, known: Mapping[str, Any], where: str) -> str:
-    near = difflib.get_close_matches(name.replace("-", "_"), known, n=2, cutoff=0.6)
+    near = difflib.get_close_matches(str(name).replace("-", "_"), known, n=2, cutoff=0.6)
     flag = "--" if where == "--" else ""
     hint = f" Did you mean {' or '.join(flag + other for other in near)}?" if near else f" Known: {', '.join(known)}."
     return f"{where}{name} is not a setting.{hint}"

@@ -1,6 +1,8 @@
 """A grid of ablations on a narrow random base: what is trained, what is skipped, and how arms are compared."""
 
 import json
+import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +13,9 @@ from safetensors.torch import load_file
 
 import eval.ablate
 from eval.ablate import Result, ablate
-from eval.ablate_page import arms_table, compared_table, interval
-from eval.grid import Cell, GridSettings, cells
+from eval.ablate_page import arms_table, compared_table, interval, write_report, write_tables
+from eval.grid import Cell, cells
+from eval.grid_settings import GridSettings
 from model import UserError
 from sampling import read_video
 from sampling.generate import loaded_loras
@@ -134,12 +137,28 @@ def test_rendered_inputs_are_drawn_anew_with_each_seed(small, tmp_path, material
         ({"arms": {"a": {"looks": {}}}}, "looks is no stage"),
         ({"arms": {"a": {"motion": {}, "ttt": {}}}}, "ttt needs appearance and motion"),
         ({"arms": {"a b": {}, "A-B": {}}}, "folders would be the same"),
+        ({"arms": {"a - b": {}}}, "without ' - '"),
+        ({"arms": {None: {}}}, "None is no title"),
+        ({"arms": {"a": {None: {}}}}, "None is no stage"),
+        ({"arms": {"a": {"motion": {None: "1"}}}}, "None is not a setting"),
+        ({"arms": {"a": {"generate": {"height": "32"}}}}, "height is what the grid decides"),
+        ({"arms": {"a": {"motion": {"frame_step": "2"}}}}, "frame_step is what the grid decides"),
+        ({"arms": {"a": {}, "b": {"motion": {"steps": "0"}}}}, "arms: b: motion: steps must be at least 1"),
+        ({"arms": {"a": {}, "b": {"motion": {"layers": ["4"]}}}}, "arms: b: motion: layer 4 has no motion module"),
+        ({"arms": {"a": {"generate": {"steps": "0"}}}}, "arms: a: generate"),
         ({"arms": {"a": {"motion": {"speed": "1"}}}}, "speed"),
         ({"arms": {"a": {"motion": {"seed": "1"}}}}, "seed is what the grid decides"),
         ({"arms": {"a": {"generate": {"prompt": "x"}}}}, "prompt is what the grid decides"),
         ({"compare": ["both"]}, "compare"),
         ({"compare": ["both - all"]}, "compare"),
         ({"paper": {"ours": {}}}, "paper: ours is no arm"),
+        ({"paper": {"both": "0.3"}}, "paper: both: a table of clip_t"),
+        ({"paper": {"both": {"CLIP-T": "0.3"}}}, "paper: both: a table of clip_t"),
+        ({"prompts": ["a {subject.__class__}"]}, "nothing else in braces"),
+        ({"subjects": {"../toy": {"name": "a", "images": "b"}}}, "'../toy' is no short name"),
+        ({"subjects": {None: {"name": "a", "images": "b"}}}, "None is no short name"),
+        ({"motions": {"m+n": {"name": "a", "prompt": "b", "video": "c"}}}, "'m\\+n' is no short name"),
+        ({"motions": {"roll": {"name": "x", "prompt": "y", "rendered": "1", "fps": "8"}}}, "has no others"),
         ({"subjects": {"toy": {"name": "a toy"}}}, "give images or rendered"),
         ({"subjects": {"toy": {"name": "a toy", "rendered": "5"}}}, "from 0 to 4"),
         ({"motions": {"roll": {"name": "x", "prompt": "y", "video": "none.mp4"}}}, "none.mp4 does not exist"),
@@ -152,7 +171,7 @@ def test_a_bad_grid_is_refused_before_anything_is_trained(base, tmp_path, materi
 
 
 def result(arm, group, seed, **scores):
-    cell = Cell(arm, group, 0, seed, {}, None, Path("."), Path("."))  # type: ignore[arg-type]
+    cell = Cell(arm, group, 0, seed, {}, None, Path("."), Path("."), {})  # type: ignore[arg-type]
     return Result(cell, scores, 10.0, 1000, {})
 
 
@@ -207,3 +226,92 @@ def test_an_arm_without_loras_generates_with_the_base_alone(base, tmp_path, mate
     with loaded_loras(base, []):
         expected = eval.ablate.generate_files(replace(cell.clips, out=str(tmp_path / "alone.mp4")), base)
     assert Path(cell.clips.out).read_bytes() == expected[0].read_bytes()
+
+
+def test_what_is_changed_in_a_grid_is_made_anew_and_nothing_stale_is_used(small, tmp_path, material):
+    told = {
+        "subjects": {"it": {"name": "a zor", "rendered": "0"}},
+        "motions": {"so": {"name": "dax", "rendered": "0", "prompt": "{performer} is dax"}},
+        "groups": ["it+so"],
+        "arms": {"both": {"appearance": {}, "motion": {}}},
+        "compare": [],
+        "seeds": [0],
+    }
+    [first] = cells(settings_for(tmp_path, material, **told), small)
+    changes = [
+        {"subjects": {"it": {"name": "a zor", "rendered": "3"}}},
+        {"motions": {"so": {"name": "dax", "rendered": "3", "prompt": "{performer} is dax"}}},
+        {"subjects": {"it": {"name": "a zor", "rendered": "0", "trigger": "zor"}}},
+        {"arms": {"both": {"appearance": {"rank": "3"}, "motion": {}}}},
+        {"arms": {"both": {"appearance": {}, "motion": {}, "generate": {"steps": "7"}}}},
+    ]
+    for change in changes:
+        [other] = cells(settings_for(tmp_path, material, **{**told, **change}), small)
+        assert other.clips.out != first.clips.out
+    [again] = cells(settings_for(tmp_path, material, **told), small)
+    assert again == first
+    small.fingerprints["unet"] = "another"
+    [other] = cells(settings_for(tmp_path, material, **told), small)
+    assert other.clips.out != first.clips.out
+    assert all(other.stages[stage].out != first.stages[stage].out for stage in first.stages)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_clips_are_scored_anew_when_what_scores_them_changes(base, tmp_path, material, monkeypatch):
+    settings = settings_for(tmp_path, material, arms={"base": {}}, seeds=[0], compare=[], clips=1)
+    scored = []
+    score = eval.ablate.score_clips
+    monkeypatch.setattr(eval.ablate, "score_clips", lambda *args: (scored.append(args), score(*args))[1])
+    ablate(settings, base)
+    ablate(settings, base)
+    assert len(scored) == 1
+    ablate(replace(settings, scores={"protocol": "loveu", "still": "0"}), base)
+    assert len(scored) == 2
+    [record] = (tmp_path / "grid" / "cells").glob("*/*/scores.json")
+    for nonsense in ("[]", "{", '{"scores": 1}'):
+        record.write_text(nonsense)
+        ablate(settings, base)
+    assert len(scored) == 5
+    other = tmp_path / "photos"
+    shutil.copytree(material / "photos", other)
+    (other / "2.png").unlink()
+    subjects = {"toy": {"name": "a toy", "images": str(other), "trigger": "toy"}}
+    ablate(replace(settings, subjects=subjects), base)
+    assert len(scored) == 6
+
+
+def test_groups_that_share_subjects_are_not_counted_as_independent():
+    rng = np.random.default_rng(0)
+    subjects, motions = rng.normal(size=5), rng.normal(size=5)
+    crossed = {(f"s{i}+m{j}", 0, 0): subjects[i] + motions[j] for i in range(5) for j in range(5)}
+    apart = {(f"s{i}{j}+m{i}{j}", 0, 0): subjects[i] + motions[j] for i in range(5) for j in range(5)}
+    wide, narrow = ((lambda ends: ends[1] - ends[0])(interval(values)) for values in (crossed, apart))
+    # 25 independent groups have a standard error a good two times smaller than 5 subjects and 5 motions
+    assert wide > 1.6 * narrow
+
+
+def test_a_cell_without_a_score_is_counted_out_in_the_open(tmp_path, material):
+    results = [result("a", "toy+roll", 0, clip_t=1.0, motion_fidelity=0.5), result("a", "toy+roll", 1, clip_t=2.0)]
+    results += [result("b", "toy+roll", seed, clip_t=0.0) for seed in (0, 1)]
+    settings = settings_for(tmp_path, material, arms={"a": {}, "b": {}}, compare=["a - b"])
+    rows = arms_table(settings, results).rows
+    assert rows[0][:3] == ["a", "1.500 ± 0.707", "0.500 (n = 1)"]
+    assert rows[1][2] == "-"
+    assert compared_table(settings, results).rows[0][1:] == ["+1.500 [+1.000, +2.000]", "-"]
+    write_tables(settings, results, {})
+    report = write_report(settings, results, {}, [])
+    assert "(n = 1)" in report.read_text()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_titles_and_prompts_may_hold_what_plots_could_take_for_formulas(base, tmp_path, material):
+    told = {"arms": {"$\\frac$ & <b>": {}}, "prompts": ["a $\\frac{subject}$"], "seeds": [0], "compare": [], "clips": 1}
+    page = ablate(settings_for(tmp_path, material, **told), base).read_text()
+    assert "<b>" not in page
+
+
+def test_without_matplotlib_it_says_so_before_any_work(base, tmp_path, material, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="matplotlib"):
+        ablate(settings_for(tmp_path, material), base)
+    assert not (tmp_path / "grid").exists()

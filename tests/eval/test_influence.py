@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from eval.words import named
 from model import UserError
 from sampling import sample_videos
 from train.world import WORLD_MOTIONS, WORLD_SHAPES, WORLD_TEXTURES
+from weights import load_base
 
 PROMPTS, OTHERS, SEEDS = ["a red star", "a blue heart"], ["a green moon", "a white cross"], [3, 4]
 SUBJECT, MOTION = ("shape", "colour", "texture"), ("motion",)
@@ -91,6 +93,8 @@ def test_a_bad_list_is_refused(tmp_path, text, complaint):
 def test_a_list_may_hold_commas_in_quotes(tmp_path):
     (tmp_path / "pairs.csv").write_text('prompt,other\n"a cat, sitting",a dog\n')
     assert read_pairs(tmp_path / "pairs.csv") == [("a cat, sitting", "a dog")]
+    (tmp_path / "pairs.csv").write_text("prompt,other\na cat,a dog\n\n")
+    assert read_pairs(tmp_path / "pairs.csv") == [("a cat", "a dog")]
 
 
 def test_a_clip_is_judged_by_what_the_second_prompt_alone_names(judge):
@@ -178,12 +182,31 @@ def test_influence_goes_on_where_it_stopped(small, judge, tmp_path, monkeypatch)
         measure_influence(settings, small)
 
 
-def test_bad_settings_are_refused_before_anything_is_sampled(small, judge, tmp_path):
+def test_bad_settings_are_refused_before_anything_is_sampled(small, judge, tmp_path, monkeypatch):
     settings = InfluenceSettings(out=str(tmp_path / "out"), judge=judge)
     for changed in ({"pairs": 0}, {"pairs": 101}, {"pairs": 2, "batch_size": 0}, {"kinds": []}):
         with pytest.raises(UserError):
             measure_influence(replace(settings, **changed), small)
-    small.recipe = replace(small.recipe, width=32)
+    (tmp_path / "own.csv").write_text("prompt,other\na red star,a blue star\na red star,a cat\n")
+    with pytest.raises(UserError, match="'a cat' names no subject"):
+        measure_influence(replace(settings, subjects=str(tmp_path / "own.csv")), small)
+    wide = replace(small, recipe=replace(small.recipe, width=32))
     with pytest.raises(UserError, match="--clip"):
+        measure_influence(settings, wide)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="matplotlib"):
         measure_influence(settings, small)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_without_motion_modules_has_no_layers_for_motion(files, judge, tmp_path):
+    image = load_base(files.folder, device="cpu")
+    image.recipe = replace(image.recipe, num_frames=2, height=64, width=64)
+    with pytest.raises(UserError, match="no motion modules to train"):
+        measure_influence(InfluenceSettings(out=str(tmp_path / "out"), pairs=1, judge=judge), image)
+
+
+def test_a_damaged_record_is_refused_by_name(small, judge, tmp_path):
+    (tmp_path / "subjects.json").write_text("{}")
+    with pytest.raises(UserError, match="subjects.json holds scores of other settings"):
+        measure_influence(InfluenceSettings(out=str(tmp_path), pairs=1, judge=judge), small)

@@ -17,6 +17,7 @@ from train.world import render
 from weights import save_settings
 
 pytest.importorskip("cv2")
+NUMBER = '{"prompt": [1], "seed": [0], "out": "x.mp4"}'
 
 PROMPTS = ["a plain blue square is moving right over the sand", "a dotted red star over the road"]
 LOOKS = [("square", "plain", "blue", "sand"), ("star", "dotted", "red", "road")]
@@ -159,6 +160,8 @@ def test_bad_input_is_named(made, tmp_path):
         ({"video": tmp_path / "one.png"}, "has one frame"),
         ({"images": tmp_path / "missing.png"}, r"missing\.png cannot be opened"),
         ({"reference": tmp_path / "missing.mp4"}, r"missing\.mp4 cannot be opened"),
+        ({"images": made / "reference.mp4"}, "given as a photo, and is a video of 16 frames"),
+        ({"prompt": "  "}, "--prompt is empty"),
         ({"clip": tmp_path / "nowhere"}, "openai/clip-vit-base-patch32"),
         ({"lpips": tmp_path / "nowhere"}, "LPIPS needs"),
         ({"tracker": "cotracker"}, "scaled_offline"),
@@ -173,9 +176,15 @@ def test_bad_input_is_named(made, tmp_path):
 
 def test_settings_of_nonsense_beside_clips_do_not_stop_it(made, tmp_path):
     write_media(tmp_path / "x.mp4", clip_of(LOOKS[0]))
-    for i, text in enumerate(["{", "[]", '{"prompt": ["a"]}', '{"prompt": 3, "seed": [0], "out": "x.mp4"}']):
+    for i, text in enumerate(["{", "[]", '{"prompt": ["a"]}', '{"prompt": 3, "seed": [0], "out": "x.mp4"}', NUMBER]):
         (tmp_path / f"{i}.settings.json").write_text(text)
     with pytest.warns(UserWarning, match="does not tell the prompts") as said:
         result = score_files(ScoreSettings(video=[str(tmp_path)], device="cpu"))
-    assert len(said) == 5
+    assert len(said) == 6
     assert "clip_t" not in result["means"]
+
+
+def test_prompts_are_found_where_nothing_can_be_written(made, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *args: False)
+    files = [str(made / "clips" / "x-1-seed0.mp4")]
+    assert score_files(ScoreSettings(video=files, device="cpu"))["clips"][0]["prompt"] == PROMPTS[0]

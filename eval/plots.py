@@ -29,17 +29,30 @@ def bars(
         UserError: matplotlib is not installed.
     """
     figure, panels = _pyplot().subplots(
-        len(groups), 1, figsize=(max(6, 0.62 * len(labels) + 1), 2.6 * len(groups) + 0.6), squeeze=False
+        len(groups),
+        1,
+        figsize=(max(6, 0.62 * len(labels) + 1), 2.2 * len(groups) + 0.6),
+        squeeze=False,
+        sharex=True,
+        layout="constrained",
     )
-    panels[0, 0].set_title(title, fontsize=11)
+    figure.suptitle(title, fontsize=11)
+    short = max(map(len, labels)) < 8
     for panel, (name, heights) in zip(panels[:, 0], groups.items(), strict=True):
         colours = ["#c2410c" if label in marked else "#64748b" for label in labels]
         panel.bar(range(len(labels)), [mean for mean, _, _ in heights], color=colours)
         for i, (_, low, high) in enumerate(heights):
             if low is not None and high is not None:
                 panel.plot([i, i], [low, high], color="black", linewidth=1.2)
-        panel.set_ylabel(name, fontsize=9)
-        panel.set_xticks(range(len(labels)), labels, fontsize=8, rotation=0 if max(map(len, labels)) < 8 else 25)
+        panel.set_title(name, fontsize=9, loc="left")
+        panel.set_xticks(
+            range(len(labels)),
+            labels,
+            fontsize=8,
+            rotation=0 if short else 60,
+            ha="center" if short else "right",
+            rotation_mode="anchor",
+        )
         panel.spines[["top", "right"]].set_visible(False)
         seen = [value for triple in heights for value in triple if value is not None and math.isfinite(value)] or [0.0]
         room = 0.15 * (max(seen) - min(seen)) or 0.1
@@ -63,10 +76,8 @@ def strips(file: Path, title: str, rows: Mapping[str, Path], marked: Sequence[st
     plot = _pyplot()
     pictures = {label: plot.imread(path) for label, path in rows.items()}
     height, width = next(iter(pictures.values())).shape[:2]
-    figure, panels = plot.subplots(
-        len(rows), 1, figsize=(9, (8.2 * height / width + 0.06) * len(rows) + 0.5), squeeze=False
-    )
-    figure.suptitle(title, fontsize=11)
+    tall = 1.04 * 8 * height / width * len(rows)
+    figure, panels = plot.subplots(len(rows), 1, figsize=(8, tall), squeeze=False)
     for panel, (label, picture) in zip(panels[:, 0], pictures.items(), strict=True):
         panel.imshow(picture, interpolation="nearest")
         panel.set_xticks([])
@@ -74,7 +85,7 @@ def strips(file: Path, title: str, rows: Mapping[str, Path], marked: Sequence[st
         bold = "bold" if label in marked else "normal"
         panel.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=10, fontweight=bold)
     panels[0, 0].set_title(title, fontsize=11)
-    figure.subplots_adjust(top=1, bottom=0, hspace=0.04)
+    figure.subplots_adjust(left=0, right=1, top=1, bottom=0, hspace=0.04)
     _save(figure, file)
 
 

@@ -208,5 +208,5 @@ def test_a_base_without_motion_modules_has_no_layers_for_motion(files, judge, tm
 
 def test_a_damaged_record_is_refused_by_name(small, judge, tmp_path):
     (tmp_path / "subjects.json").write_text("{}")
-    with pytest.raises(UserError, match="subjects.json holds scores of other settings"):
+    with pytest.raises(UserError, match=r"subjects\.json holds scores of other settings"):
         measure_influence(InfluenceSettings(out=str(tmp_path), pairs=1, judge=judge), small)

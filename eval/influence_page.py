@@ -10,7 +10,8 @@ import torch
 from eval.measures import crossed_interval, mean
 from eval.plots import bars, strips
 from eval.recommend import Recommendation
-from eval.report import Heading, Part, Picture, Table, text_table, write_page
+from eval.report import Heading, Part, Picture, Table, markdown_table, text_table, write_page
+from weights import atomic_write
 
 # Supplement, Table 2: CLIP-T over 100 pairs with p* in layer 0 to 8, on SD 1.5 with AnimateDiff.
 PAPER = {
@@ -71,11 +72,14 @@ def influence_table(results: Sequence[Result]) -> str:
 
 
 def write_report(folder: Path, results: Sequence[Result]) -> Path:
-    """Write the plots `<kind>s.png`, the figures `<kind>s-frames.png`, and `report.html` with all of it.
+    """Write `tables.md`, the plots `<kind>s.png`, the figures `<kind>s-frames.png`, and `report.html` with all of it.
 
     Raises:
         UserError: matplotlib is not installed, or the system refuses.
     """
+    with atomic_write(folder / "tables.md") as temporary:
+        tables = [markdown_table(results_table(result)) for result in results]
+        temporary.write_text("\n\n".join([*tables, *map(advice_line, results)]) + "\n", encoding="utf-8")
     parts: list[Part] = []
     for result in results:
         scores, name = result.record["scores"], f"{result.kind}s"

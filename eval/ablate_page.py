@@ -189,7 +189,7 @@ def fewer(values: Mapping[tuple[str, int, int], float], cells: int) -> str:
 
 def compared_table(settings: GridSettings, results: Sequence["Result"]) -> Table:
     """A row for each difference that was asked for, over the cells that both arms have."""
-    scores = score_names(results)
+    scores = [name for name in score_names(results) if name != "chance"]
     rows = []
     for line in settings.compare:
         after, before = (list(settings.arms).index(arm) for arm in line.split(" - "))

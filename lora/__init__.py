@@ -1,6 +1,6 @@
 """Low-rank adapters on chosen layers of the network."""
 
-from lora.layer import Adapter, AdapterSpec, LoRALinear
+from lora.layer import Adapter, AdapterSpec, LoRAConv2d, LoRALayer, LoRALinear, LowRank
 from lora.network import (
     KINDS,
     TARGETS,
@@ -14,6 +14,7 @@ from lora.network import (
     copy_adapter,
     layers_with,
     merge_adapters,
+    place_adapter,
     remove_adapter,
     switch_adapters,
     unmerge_adapters,
@@ -24,7 +25,10 @@ __all__ = [
     "TARGETS",
     "Adapter",
     "AdapterSpec",
+    "LoRAConv2d",
+    "LoRALayer",
     "LoRALinear",
+    "LowRank",
     "adapter_linears",
     "adapter_modules",
     "adapter_names",
@@ -35,6 +39,7 @@ __all__ = [
     "copy_adapter",
     "layers_with",
     "merge_adapters",
+    "place_adapter",
     "remove_adapter",
     "switch_adapters",
     "unmerge_adapters",

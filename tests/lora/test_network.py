@@ -140,7 +140,8 @@ def test_merging_in_half_precision_restores_bit_for_bit(unet):
     filled(unet, "a")
     merge_adapters(unet, {"a": 1.0})
     unmerge_adapters(unet)
-    assert all(torch.equal(unet.state_dict()[name], value) for name, value in before.items())
+    after = unet.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 def test_adapter_weights_stay_float32_when_the_base_is_cast(unet, inputs):

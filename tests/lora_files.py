@@ -1,0 +1,106 @@
+"""LoRA files as other tools write them, by those tools' rules; nothing here knows `weights/lora_keys.py`."""
+
+import re
+
+import torch
+from oracles import diffusers_name
+from torch import Tensor, nn
+
+from lora import LowRank
+
+SPATIAL = r"layers\.\d\.spatial\.\d\."
+TEMPORAL = r"layers\.\d\.temporal\.\d\."
+ATTENTION = r"transformer_blocks\.0\.attn[12]\.to_(q|k|v|out\.0)"
+BLOCK = r"transformer_blocks\.0\.(attn[12]\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2))"
+CLIP = r"encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
+
+
+def targets(network: nn.Module, pattern: str) -> dict[str, nn.Module]:
+    """The linear and convolutional layers whose names fit the pattern."""
+    layers = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    return {n: m for n, m in layers.items() if re.fullmatch(pattern, n)}
+
+
+def random_weights(network: nn.Module, pattern: str, seed: int = 0, alpha: float | None = None) -> dict[str, LowRank]:
+    """Updates for the layers that fit, of ranks 2 to 4; alpha is the rank (as in files without one) if not given."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for i, (name, layer) in enumerate(targets(network, pattern).items()):
+        rank, (out, *inner) = 2 + i % 3, layer.weight.shape
+        down = torch.randn(rank, *inner, generator=generator) / layer.weight[0].numel() ** 0.5
+        up = 0.5 * torch.randn(out, rank, *[1] * (len(inner) - 1), generator=generator)
+        found[name] = LowRank(down, up, float(rank) if alpha is None else alpha)
+    return found
+
+
+def merged_by_hand(network: nn.Module, weights: dict[str, LowRank], strength: float) -> dict[str, Tensor]:
+    """W + strength * (alpha / r) * up @ down, of each layer that has an update."""
+    found = {}
+    for name, low in weights.items():
+        weight = network.get_submodule(name).weight
+        update = torch.einsum("or,ri->oi", low.B.reshape(len(low.B), -1), low.A.reshape(len(low.A), -1))
+        found[name] = weight + strength * low.alpha / low.A.shape[0] * update.reshape(weight.shape)
+    return found
+
+
+def as_file(name: str, tensor: Tensor) -> Tensor:
+    """Projections of spatial transformers are 1x1 convolutions in Stable Diffusion 1.5's files."""
+    return tensor[:, :, None, None] if re.fullmatch(SPATIAL + "proj_(in|out)", name) else tensor
+
+
+def kohya(weights: dict[str, LowRank], prefix: str = "lora_unet_", spell=diffusers_name) -> dict[str, Tensor]:
+    """sd-scripts: the module's name, dots turned to underscores; alpha beside it, in half precision."""
+    found = {}
+    for name, low in weights.items():
+        stem = prefix + spell(name).replace(".", "_")
+        found[f"{stem}.lora_down.weight"] = as_file(name, low.A)
+        found[f"{stem}.lora_up.weight"] = as_file(name, low.B)
+        found[f"{stem}.alpha"] = torch.tensor(low.alpha, dtype=torch.float16)
+    return found
+
+
+def kohya_text(weights: dict[str, LowRank]) -> dict[str, Tensor]:
+    """The same for the text encoder, which is named as in transformers before 5.6."""
+    return kohya(weights, "lora_te_text_model_", spell=str)
+
+
+def dotted(weights: dict[str, LowRank], prefix: str = "", down=".lora_A.weight", up=".lora_B.weight", spell=None):
+    """A dotted name (diffusers', or `spell`'s) and a suffix for either half."""
+    found = {}
+    for name, low in weights.items():
+        found[prefix + (spell or diffusers_name)(name) + down] = as_file(name, low.A)
+        found[prefix + (spell or diffusers_name)(name) + up] = as_file(name, low.B)
+    return found
+
+
+def attention_processors(weights: dict[str, LowRank], prefix: str = "") -> dict[str, Tensor]:
+    """diffusers before 2024 and AnimateDiff's v3 adapter: `attn1.processor.to_q_lora.down.weight`, `to_out_lora`."""
+    return {
+        re.sub(r"(attn[12])\.to_(q|k|v|out)(\.0)?_lora", r"\1.processor.to_\2_lora", key): tensor
+        for key, tensor in dotted(weights, prefix, "_lora.down.weight", "_lora.up.weight").items()
+    }
+
+
+def animatediff_name(name: str) -> str:
+    """AnimateDiff's name of a motion module's layer."""
+    name = re.sub(r"(motion_modules\.\d)\.", r"\1.temporal_transformer.", diffusers_name(name))
+    return name.replace("attn1", "attention_blocks.0").replace("attn2", "attention_blocks.1")
+
+
+def motion_lora(weights: dict[str, LowRank]) -> dict[str, Tensor]:
+    """AnimateDiff v2's MotionLoRAs: `attention_blocks.0.processor.to_q_lora.down.weight`, `to_out_lora`."""
+    return {
+        re.sub(r"(attention_blocks\.\d)\.to_(q|k|v|out)(\.0)?_lora", r"\1.processor.to_\2_lora", key): tensor
+        for key, tensor in dotted(weights, "", "_lora.down.weight", "_lora.up.weight", animatediff_name).items()
+    }
+
+
+def motion_director_temporal(weights: dict[str, LowRank]) -> dict[str, Tensor]:
+    """MotionDirector puts `processor` before the last segment, whatever that is: `to_out.processor.0_lora`."""
+    keys = dotted(weights, "", "_lora.down.weight", "_lora.up.weight", animatediff_name)
+    return {re.sub(r"\.(\w+_lora\.)", r".processor.\1", key): tensor for key, tensor in keys.items()}
+
+
+def motion_director_spatial(weights: dict[str, LowRank]) -> dict[str, Tensor]:
+    """As attention processors, feed-forward and proj_in without `processor`; proj_out is trained and not saved."""
+    return attention_processors({name: low for name, low in weights.items() if not name.endswith("proj_out")})

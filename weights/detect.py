@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from model.errors import UserError
 from weights.files import read_header, read_json
 from weights.fingerprints import FAMILY_OF_WIDTH, ROWS, Tensors
+from weights.peft_config import ADAPTER_FILES
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ WANTED = {
     "the base": "a Stable Diffusion 1.5 checkpoint is wanted: a .safetensors or .ckpt file, or a diffusers folder",
     "the motion module": "an AnimateDiff motion module is wanted, such as v3_sd15_mm.ckpt",
     "the VAE": "an autoencoder for Stable Diffusion 1.5 is wanted, such as vae-ft-mse-840000-ema-pruned.safetensors",
-    "a LoRA": "a LoRA that customttt trained is wanted: a run folder, or the lora.safetensors in it",
+    "a LoRA": "a LoRA is wanted: a run folder of customttt, or a file as kohya, diffusers, PEFT or AnimateDiff have it",
+    "a LoRA of customttt": "a LoRA that customttt trained is wanted: a run folder, or the lora.safetensors in it",
 }
 MEDIA = (
     ("image", "JPEG", rb"\xff\xd8\xff"),
@@ -69,6 +71,10 @@ KIND_OF_CLASS = {
     "ControlNetModel": "controlnet",
     "SparseControlNetModel": "controlnet",
 }
+
+
+# The LoRA in a folder that PEFT, or diffusers' `save_lora_weights`, wrote.
+LORA_FILES = (*ADAPTER_FILES, "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 
 
 def detect(path: str | Path) -> FileKind:
@@ -140,8 +146,9 @@ def _detect_folder(path: Path) -> FileKind:
     if (path / "lora.safetensors").is_file() or (path / "settings.json").is_file():
         state = "finished" if (path / "lora.safetensors").is_file() else "unfinished: start it again and it goes on"
         return FileKind("run folder", "sd15", "", f"This is a run folder of customttt ({state}). It belongs in --lora.")
-    if (path / "adapter_config.json").is_file() and (path / "adapter_model.safetensors").is_file():
-        return detect(path / "adapter_model.safetensors")
+    for name in LORA_FILES:
+        if (path / name).is_file():
+            return detect(path / name)
     if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
         return FileKind("tokenizer", note="This is CLIP's tokenizer. It belongs in --tokenizer.")
     media = [found.kind for file in sorted(path.iterdir()) if file.is_file() and (found := _detect_media(file))]

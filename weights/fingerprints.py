@@ -94,7 +94,16 @@ class Row:
 
 
 _LDM = r"^model\.diffusion_model\.input_blocks\.0\.0\.weight$"
-_FOREIGN_LORA = "It belongs in --lora, once customttt reads the LoRAs of other tools; until then only its own load."
+_FOREIGN_LORA = "It belongs in --lora."
+# How the kinds of adapters that are no plain LoRA name their tensors.
+_LYCORIS = {
+    "LoHa": r"\.hada_w\d",
+    "LoKr": r"\.lokr_w\d",
+    "DoRA": r"\.(dora_scale|lora_magnitude_vector)",
+    "OFT": r"\.b?oft_",
+    "LoCon with a Tucker core": r"\.lora_mid\.",
+    "full difference": r"\.diff(_b)?$",
+}
 _NOT_SD15 = "customttt works with Stable Diffusion 1.5 and AnimateDiff, and has no place for it."
 
 # fmt: off
@@ -108,9 +117,10 @@ ROWS: tuple[Row, ...] = (
     Row("textual inversion", _is_one_embedding,
         "This is a textual-inversion embedding: vectors for a new word of the prompt, not weights of a network.",
         _family_of_vectors),
-    Row("LyCORIS", _has(r"\.(hada_w\d|lokr_w\d|lora_mid|dora_scale|oft_|diff$|diff_b$)"),
-        "This is a LyCORIS or DoRA file (LoHa, LoKr, ...), which is not a plain LoRA; customttt does not read it.",
-        _family_of_text),
+    *(Row("LyCORIS", _has(pattern),
+          f"This is a {name} file (LyCORIS's or PEFT's), which is not a plain LoRA; customttt does not read it.",
+          _family_of_text, name)
+      for name, pattern in _LYCORIS.items()),
     Row("kohya LoRA", _has(r"^lora_(unet|te\d?)_"),
         f"This is an image LoRA as kohya's scripts write it. {_FOREIGN_LORA}",
         _family_of_text),
@@ -123,7 +133,8 @@ ROWS: tuple[Row, ...] = (
         f"MotionDirector's spatial part). {_FOREIGN_LORA}",
         _family_of_text, _version_of_spatial_lora),
     Row("other LoRA", _has(r"lora_A|lora_B|[._]lora[._]"),
-        "This is a LoRA, but no layer of Stable Diffusion 1.5's UNet is in it."),
+        "This is a LoRA, but no transformer of Stable Diffusion 1.5's UNet is in it: it is for the text encoder, or "
+        "for another model. It belongs in --lora, if it is for the text encoder."),
     Row("controlnet", _has("controlnet_cond_embedding|input_hint_block", "motion_modules"),
         f"This is AnimateDiff's SparseCtrl encoder (sketches and key frames as conditions). {_NOT_SD15}",
         "sd15", "SparseCtrl"),

@@ -1,4 +1,4 @@
-"""LoRA files of our own: safetensors with one or several adapters and all it takes to put them back in place.
+"""LoRA files. Those of our own are safetensors with one or several adapters and all it takes to put them back in place.
 
 Keys are `<adapter>.<diffusers module name>.lora_A.weight` and `.lora_B.weight`; the header's entry `customttt` is JSON:
 version, base, settings, and for each adapter kind, layers, rank, alpha, targets, prompt and trigger.
@@ -15,16 +15,18 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora import AdapterSpec, adapter_modules, adapter_names, adapter_spec, add_adapter, remove_adapter
+from lora import AdapterSpec, adapter_modules, adapter_names, adapter_spec, add_adapter, place_adapter, remove_adapter
 from model import UNet3D, UserError
-from weights.detect import detect, refuse
+from weights.detect import LORA_FILES, detect, refuse
 from weights.files import atomic_write, read_checkpoint, read_header
+from weights.foreign import read_foreign_lora
 from weights.keymaps import UNET_DIFFUSERS
 
 VERSION = 1
 FILE_NAME = "lora.safetensors"  # in a run folder
+OWN = "customttt LoRA"  # what `detect` calls a file of ours
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def save_lora(
 
 
 def lora_path(path: str | Path) -> Path:
-    """The LoRA file that a path means: itself, or the one inside a run folder.
+    """The LoRA file that a path means: itself, or the one inside a run folder (or one of PEFT's, or diffusers').
 
     Raises:
         UserError: nothing is there, or the run is not finished.
@@ -99,11 +101,12 @@ def lora_path(path: str | Path) -> Path:
         raise UserError(f"{path} does not exist: a LoRA file or run folder was expected (a strength is :0.8 behind it)")
     if not path.is_dir():
         return path
-    if not (path / FILE_NAME).is_file():
+    found = next((path / name for name in (FILE_NAME, *LORA_FILES) if (path / name).is_file()), None)
+    if found is None:
         unfinished = (path / "settings.json").is_file()
         why = "the run in it is not finished: start it again and it goes on" if unfinished else "it is no run folder"
         raise UserError(f"{path} has no {FILE_NAME}: {why}")
-    return path / FILE_NAME
+    return found
 
 
 def read_lora_header(path: str | Path) -> LoRAFile:
@@ -113,11 +116,12 @@ def read_lora_header(path: str | Path) -> LoRAFile:
         UserError: not a LoRA file of ours (the message says what it is), or one that a newer version wrote.
     """
     path = lora_path(path)
-    text = read_header(path).metadata.get("customttt")
-    if text is None:
-        refuse(path, detect(path), "a LoRA")
+    found = detect(path)
+    if found.kind != OWN:
+        refuse(path, found, "a LoRA of customttt")
+    text = read_header(path).metadata["customttt"]
     try:
-        header = json.loads(text or "")
+        header = json.loads(text)
         if header["version"] > VERSION:
             raise UserError(f"{path} was written by a newer customttt (file version {header['version']}): upgrade")
         entries = {
@@ -148,23 +152,30 @@ def load_lora(
     names: Mapping[str, str] | None = None,
     *,
     fingerprints: Mapping[str, str] | None = None,
-) -> dict[str, LoRAEntry]:
-    """Add a file's adapters to the network, switched off.
+    text: nn.Module | None = None,
+    allow_partial: bool = False,
+) -> dict[str, LoRAEntry | None]:
+    """Add a file's adapters to the network, switched off; for one of another tool, print what was matched.
 
     Args:
         unet: the network.
         path: a LoRA file, or a run folder.
-        names: which of the file's adapters to load, and what to call them; None loads all under their own names, with
-            a number behind where one is taken.
+        names: which of the file's adapters to load, and what to call them, for files of ours alone; None loads all
+            under their own names, with a number behind where one is taken.
         fingerprints: of the base in use (`Base.fingerprints`); a note is given where an adapter was trained on another
             network.
+        text: the base's text encoder (`Base.text.clip`), which other tools' files may have a part for: an adapter of
+            the same name as in the UNet.
+        allow_partial: of other tools' files, whatever fits will do; otherwise every pair in the file has to.
 
     Returns:
-        What was added, by the names the adapters now have.
+        What was added, by the names the adapters now have; None for other tools' LoRAs, of which no more is known.
 
     Raises:
-        UserError: not a LoRA of ours, one for another architecture, or a damaged one; the network is left as it was.
+        UserError: not a LoRA, one for another architecture, or a damaged one; the networks are left as they were.
     """
+    if names is None and detect(lora_path(path)).kind != OWN:
+        return _load_foreign(unet, text, lora_path(path), allow_partial)
     file = read_lora_header(path)
     missing = [name for name in names or () if name not in file.adapters]
     if missing:
@@ -178,12 +189,12 @@ def load_lora(
                 f"{file.path}: {name} was trained on another {what}; it will work, less exactly", stacklevel=2
             )
     tensors = read_checkpoint(file.path)
-    added: dict[str, LoRAEntry] = {}
+    added: dict[str, LoRAEntry | None] = {}
     try:
         for name, entry in file.adapters.items():
             if names is not None and name not in names:
                 continue
-            new, spec = names[name] if names else _free_name(unet, name), entry.spec
+            new, spec = names[name] if names else _free_name(unet, name, text), entry.spec
             ranks = {
                 t.shape[0] for key, t in tensors.items() if re.fullmatch(rf"{re.escape(name)}\..*lora_A\.weight", key)
             }
@@ -229,8 +240,19 @@ def _finite(value: Any) -> float:
     return float(value)
 
 
-def _free_name(unet: UNet3D, name: str) -> str:
-    taken = adapter_names(unet)
+def _load_foreign(unet: UNet3D, text: nn.Module | None, path: Path, allow_partial: bool) -> dict[str, LoRAEntry | None]:
+    lora = read_foreign_lora(path, unet, text)
+    lora.check(allow_partial)
+    print(lora)
+    parts = [(n, w) for n, w in ((unet, lora.weights["unet"]), (text, lora.weights["text"])) if n is not None and w]
+    name = _free_name(unet, "lora_" + re.sub(r"\W", "_", path.stem), text)
+    for network, weights in parts:
+        place_adapter(network, name, weights)
+    return {name: None} if parts else {}
+
+
+def _free_name(unet: UNet3D, name: str, text: nn.Module | None = None) -> str:
+    taken = adapter_names(unet) + (adapter_names(text) if text is not None else [])
     candidates = [name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))]
     return next(candidate for candidate in candidates if candidate not in taken)
 

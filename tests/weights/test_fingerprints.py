@@ -166,7 +166,11 @@ CASES = {
     "kohya LoRA, sd15": lambda: kohya_lora(sd15_unet()),
     "kohya LoRA, sd2": lambda: kohya_lora(sd15_unet(cross_attention_dim=1024)),
     "kohya LoRA, sdxl": lambda: kohya_lora(built(diffusers.UNet2DConditionModel, **SDXL)),
-    "LyCORIS": lambda: {"lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": (320, 4)},
+    "LyCORIS, LoHa": lambda: {"lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": (320, 4)},
+    "LyCORIS, DoRA, sd15": lambda: {
+        **kohya_lora(sd15_unet()),
+        "lora_unet_mid_block_attentions_0_proj_in.dora_scale": (64, 1),
+    },
     "nameless LoRA": lambda: {"unet:0:up": (320, 4), "unet:0:down": (4, 320)},
     "textual inversion, sd15": lambda: {"<cat-toy>": (768,)},
     "textual inversion, sd2": lambda: {"emb_params": (3, 1024)},

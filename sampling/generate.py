@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from lora import adapters, remove_adapter
+from torch import nn
+
+from lora import adapter_names, adapters, remove_adapter
 from model import UserError
 from sampling.sample import sample_videos
 from sampling.write import check_writable, write_media
@@ -32,7 +34,8 @@ class GenerateSettings(BaseSettings):
     Args:
         prompt: one or several prompts: a clip for each of them with each seed.
         out: .mp4, .gif, or a folder of frames (no suffix); several clips get numbers behind the name.
-        lora: LoRA files or run folders, each with a strength behind a colon if not 1 (runs/teddy:0.8).
+        lora: run folders, or LoRA files of any tool, each with a strength behind a colon if not 1 (runs/teddy:0.8).
+        allow_partial: use what fits of LoRA files that do not fit wholly.
         seed: one or several seeds.
         negative_prompt: what to keep away from.
         num_frames: frames of a clip; not given: the base's (16).
@@ -49,6 +52,7 @@ class GenerateSettings(BaseSettings):
     prompt: list[str]
     out: str
     lora: list[str] = field(default_factory=list)
+    allow_partial: bool = False
     seed: list[int] = field(default_factory=lambda: [0])
     negative_prompt: str = ""
     num_frames: int | None = None
@@ -87,7 +91,7 @@ def generate_files(settings: GenerateSettings, base: Base | None = None) -> list
         warnings.warn(f"without --motion_module nothing ties the {frames} frames together", stacklevel=2)
     options = {name: getattr(settings, name) for name in ("num_frames", "height", "width", "steps", "guidance_scale")}
     options |= {name: getattr(settings, name) for name in ("negative_prompt", "eta", "spacing")}
-    with loaded_loras(base, settings.lora):
+    with loaded_loras(base, settings.lora, settings.allow_partial):
         for first in range(0, len(jobs), settings.batch_size):
             batch = jobs[first : first + settings.batch_size]
             prompts, seeds, files = zip(*batch, strict=True)
@@ -139,22 +143,35 @@ def settings_file(settings: GenerateSettings) -> Path:
 
 
 @contextmanager
-def loaded_loras(base: Base, arguments: Sequence[str]) -> Iterator[None]:
-    """Within the block the LoRAs named as in `--lora` are in the network and on; afterwards they are gone.
+def loaded_loras(base: Base, arguments: Sequence[str], allow_partial: bool = False) -> Iterator[None]:
+    """Within the block the LoRAs named as in `--lora` are in the networks and on; afterwards they are gone.
+
+    Args:
+        base: its UNet gets them, and its text encoder where a file has a part for it: at the same strength.
+        arguments: files or run folders, each with a strength behind a colon if not 1.
+        allow_partial: of other tools' files, whatever fits will do.
 
     Raises:
         UserError: a file that does not load, see `weights.load_lora`.
     """
+    unet, text = base.unet, base.text.clip
     scales: dict[str, float] = {}
+
+    def present(network: nn.Module) -> dict[str, float]:
+        names = adapter_names(network)
+        return {name: scale for name, scale in scales.items() if name in names}
+
     try:
         for argument in arguments:
             path, strength = split_strength(argument)
-            scales |= dict.fromkeys(load_lora(base.unet, path, fingerprints=base.fingerprints), strength)
-        with adapters(base.unet, scales):
+            added = load_lora(unet, path, fingerprints=base.fingerprints, text=text, allow_partial=allow_partial)
+            scales |= dict.fromkeys(added, strength)
+        with adapters(unet, present(unet)), adapters(text, present(text)):
             yield
     finally:
-        for name in scales:
-            remove_adapter(base.unet, name)
+        for network in (unet, text):
+            for name in present(network):
+                remove_adapter(network, name)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

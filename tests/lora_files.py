@@ -1,12 +1,18 @@
 """LoRA files as other tools write them, by those tools' rules; nothing here knows `weights/lora_keys.py`."""
 
 import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
-from oracles import diffusers_name
+from oracles import diffusers_name, randomise
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora import LowRank
+from lora import LowRank, adapter_modules, adapter_names, merge_adapters, remove_adapter, unmerge_adapters
+from model import SD15_V3, UNet3D, UNetConfig
+from weights import load_lora
 
 SPATIAL = r"layers\.\d\.spatial\.\d\."
 TEMPORAL = r"layers\.\d\.temporal\.\d\."
@@ -104,3 +110,50 @@ def motion_director_temporal(weights: dict[str, LowRank]) -> dict[str, Tensor]:
 def motion_director_spatial(weights: dict[str, LowRank]) -> dict[str, Tensor]:
     """As attention processors, feed-forward and proj_in without `processor`; proj_out is trained and not saved."""
     return attention_processors({name: low for name, low in weights.items() if not name.endswith("proj_out")})
+
+
+def small(config: UNetConfig = SD15_V3) -> UNet3D:
+    """A random UNet, as narrow as it can be."""
+    return (
+        randomise(UNet3D(replace(config, block_out_channels=(32, 32, 32, 32), cross_attention_dim=16)))
+        .eval()
+        .requires_grad_(False)
+    )
+
+
+def loaded(network: UNet3D, path: Path, **options: Any) -> str:
+    """The one adapter that a file gives."""
+    [(name, entry)] = load_lora(network, path, **options).items()
+    assert entry is None
+    return name
+
+
+def written(
+    folder: Path, tensors: dict[str, Any], name: str = "theirs.safetensors", metadata: dict[str, str] | None = None
+) -> Path:
+    """The tensors as a file, .safetensors or pickled by the name."""
+    path = folder / name
+    if path.suffix == ".safetensors":
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
+    else:
+        torch.save(tensors, path)
+    return path
+
+
+def assert_merges_as_by_hand(network: nn.Module, name: str, weights: dict[str, LowRank], strength: float = 0.8) -> None:
+    """Each layer's weight, with the file merged, is W + s * alpha / r * up @ down; no other layer has an update."""
+    assert adapter_modules(network, name).keys() == weights.keys()
+    expected = merged_by_hand(network, weights, strength)
+    before = {layer: network.get_submodule(layer).weight.clone() for layer in weights}
+    merge_adapters(network, {name: strength})
+    for layer, value in expected.items():
+        assert torch.allclose(network.get_submodule(layer).weight, value, atol=1e-6), layer
+        assert not torch.equal(value, before[layer]), layer
+    unmerge_adapters(network)
+
+
+def without_adapters(network: nn.Module) -> None:
+    """Take all adapters out, merged ones too."""
+    unmerge_adapters(network)
+    for name in adapter_names(network):
+        remove_adapter(network, name)

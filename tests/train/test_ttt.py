@@ -3,6 +3,8 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from lora_files import SPATIAL, kohya, random_weights
+from safetensors.torch import save_file
 from two_loras import PROMPTS, TARGET, filled_in, logged_losses, lora_files, texts, write_loras
 
 from lora import (
@@ -12,7 +14,7 @@ from lora import (
     remove_adapter,
     unmerge_adapters,
 )
-from model import Recipe
+from model import Recipe, UserError
 from sampling import draw_noise, encode, sample_latents
 from train.loop import derived_seed
 from train.stage import predict
@@ -207,3 +209,12 @@ def test_the_debiased_option_changes_the_temporal_loss_alone(base, settings, tmp
         rows.append(logged_losses(tmp_path / name, 0))
     assert rows[0][0] == rows[1][0]
     assert rows[1][1] > 2 * rows[0][1]
+
+
+def test_a_lora_of_another_tool_is_no_start(base, settings, tmp_path):
+    """It says neither its prompt nor its layers; --lora of `generate` is its place."""
+    weights = kohya(random_weights(base.unet, SPATIAL + "proj_out"))
+    save_file({key: tensor.contiguous() for key, tensor in weights.items()}, tmp_path / "k.safetensors")
+    changed = TTTSettings(**{**vars(settings), "appearance": str(tmp_path / "k.safetensors")})
+    with pytest.raises(UserError, match=r"kohya.*belongs in --lora\. Here a LoRA that customttt trained is wanted"):
+        train_ttt(changed, base)

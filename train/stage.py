@@ -124,16 +124,17 @@ def run_stage(
     What `measure` finds at the end goes into `report.json`.
 
     Raises:
-        UserError: an --out of another run, or a loss that is not finite.
+        UserError: an --out of another run, or one that another process is at work in, or a loss that is not finite.
     """
     loop = settings.loop()
-    folder.begin(settings, inputs, base)
-    base.unet.gradient_checkpointing(settings.gradient_checkpointing)
-    with set_aside(base):
-        train(base.unet, list(words), losses, loop, folder, previewer(base, settings, folder))
-        if measure is not None:
-            write_json(folder.path / "report.json", measure())
-    folder.finish(base, words, settings)
+    with folder.locked():
+        folder.begin(settings, inputs, base)
+        base.unet.gradient_checkpointing(settings.gradient_checkpointing)
+        with set_aside(base):
+            train(base.unet, list(words), losses, loop, folder, previewer(base, settings, folder))
+            if measure is not None:
+                write_json(folder.path / "report.json", measure())
+        folder.finish(base, words, settings)
     return folder.lora
 
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "ttt": ("train.ttt", "stage 3: test-time training of both together"),
     "generate": ("sampling.generate", "generate clips, with any number of LoRAs"),
     "score": ("eval.score", "score clips: prompt, subject, consistency, motion"),
+    "export": ("weights.export", "write a LoRA as a file of other tools"),
     "inspect": ("weights.inspect", "say what a file is"),
 }
 USAGE = "usage: customttt COMMAND [--FLAG VALUE ...]\n\n" + "\n".join(

@@ -5,6 +5,7 @@ import re
 import warnings
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora import KINDS, TARGETS, AdapterSpec, LowRank, adapter_linears, layers_with
+from lora import KINDS, TARGETS, LowRank, adapter_linears, layers_with
 from model import SD15_V2, UNet3D, UserError
 from weights.detect import detect
 from weights.files import atomic_write, read_checkpoint, read_header
@@ -43,7 +44,7 @@ class ExportSettings:
             AnimateDiff-Evolved), diffusers (both), or own (a copy for customttt).
         out: the file; of two parts, -appearance and -motion are put behind its name. .safetensors, or .ckpt for motion
             LoRAs.
-        dtype: of the weights. Test-time training moves them by less than half precision can tell.
+        dtype: of the weights; half precision rounds by more than a step of test-time training moves them.
         adapter: export this one of the file's adapters; not given: all.
     """
 
@@ -68,10 +69,10 @@ def export(settings: ExportSettings) -> list[Path]:
             another), weights that the dtype cannot hold, or an output that must not be overwritten. Nothing is written
             then.
     """
-    file, form = read_lora_header(settings.run), FORMATS[settings.format]
-    entries = _fitting(file, _chosen(file, settings.adapter), form)
+    file, form, network = read_lora_header(settings.run), FORMATS[settings.format], _network()
+    entries = _fitting(file, _chosen(file, settings.adapter, network), form)
     files = _files(settings, file, entries, form)
-    tensors, network = read_checkpoint(file.path), _network()
+    tensors = read_checkpoint(file.path)
     weights = {name: _read(file, name, tensors, network) for name in entries}
     _warn(settings, file, weights, network)
     contents = {path: _contents(settings, file, {n: weights[n] for n in names}, path) for path, names in files.items()}
@@ -85,12 +86,16 @@ def export(settings: ExportSettings) -> list[Path]:
     return list(files)
 
 
-def _chosen(file: LoRAFile, adapter: str | None) -> dict[str, LoRAEntry]:
+def _chosen(file: LoRAFile, adapter: str | None, network: UNet3D) -> dict[str, LoRAEntry]:
     if adapter is not None and adapter not in file.adapters:
         raise UserError(f"{file.path} has no adapter {adapter!r}: it has {', '.join(file.adapters) or 'none'}")
     chosen = {name: entry for name, entry in file.adapters.items() if adapter in (None, name)}
     if not chosen:
         raise UserError(f"{file.path} has no adapters: there is nothing to export")
+    for name, spec in ((name, entry.spec) for name, entry in chosen.items()):
+        known = spec.kind in KINDS and spec.targets in TARGETS and spec.rank > 0
+        if not known or not spec.layers or not set(spec.layers) <= set(layers_with(network, spec.kind)):
+            raise UserError(f"{file.path} is damaged: no adapter is as its header says {name!r} is: {spec}")
     return chosen
 
 
@@ -140,6 +145,7 @@ def _check_free(path: Path, source: Path) -> None:
         raise UserError(f"{path} exists and is no LoRA, but a {kind}: give --out another name")
 
 
+@cache
 def _network() -> UNet3D:
     """Stable Diffusion 1.5 with all motion modules there are, without numbers: names and shapes alone."""
     with torch.device("meta"):
@@ -149,7 +155,7 @@ def _network() -> UNet3D:
 def _read(file: LoRAFile, name: str, tensors: Mapping[str, Tensor], network: UNet3D) -> dict[str, LowRank]:
     """An adapter's updates by our layer names, every layer that its header tells of accounted for."""
     spec, found, used = file.adapters[name].spec, {}, set()
-    for layer in _layers(file, name, spec, network):
+    for layer in adapter_linears(network, spec):
         stem = f"{name}.{UNET_DIFFUSERS.from_ours(layer)}"
         keys = [f"{stem}.lora_{half}.weight" for half in "AB"]
         for key, axis in zip(keys, (0, 1), strict=True):
@@ -167,13 +173,6 @@ def _read(file: LoRAFile, name: str, tensors: Mapping[str, Tensor], network: UNe
     if spare:
         raise UserError(f"{file.path} is damaged: {spare[0]} is no part of what its header describes")
     return found
-
-
-def _layers(file: LoRAFile, name: str, spec: AdapterSpec, network: UNet3D) -> dict[str, nn.Linear]:
-    known = spec.kind in KINDS and spec.targets in TARGETS and spec.rank > 0
-    if not known or not spec.layers or not set(spec.layers) <= set(layers_with(network, spec.kind)):
-        raise UserError(f"{file.path} is damaged: its header describes no adapter that there is as {name!r}: {spec}")
-    return adapter_linears(network, spec)
 
 
 def _warn(settings: ExportSettings, file: LoRAFile, weights: Weights, network: UNet3D) -> None:

@@ -23,7 +23,7 @@ WEIGHT_FILES = ("*.safetensors", "*.bin", "*.ckpt", "*.pt", "*.pth")
 TELLING = (
     *("name", "step", "global_step", "epoch", "sd_checkpoint_name", "model_type", "rank", "lora_adapter_metadata"),
     *("ss_base_model_version", "ss_sd_model_name", "ss_network_dim", "ss_network_alpha", "ss_output_name"),
-    *("modelspec.title", "modelspec.architecture"),
+    *("modelspec.title", "modelspec.architecture", "modelspec.trigger_phrase", "modelspec.usage_hint"),
 )
 
 

@@ -71,7 +71,7 @@ def test_the_variations_of_the_demo_parse():
     assert "demo" not in outs
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/demo.md", "docs/run.md", "docs/files.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/demo.md", "docs/run.md", "docs/files.md", "docs/formats.md"])
 def test_links_lead_to_files(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]

@@ -55,7 +55,7 @@ def _version_of_motion(tensors: Tensors) -> str:
 
 
 def _version_of_motion_lora(tensors: Tensors) -> str:
-    if tensors.has(r"\.processor\.0_lora\.|ff\.net\..*lora"):
+    if tensors.has(r"\.processor\.0_lora\.|ff\.net\..*(processor\.|\.lora_(down|up)\.)"):
         return "MotionDirector"
     return "v2" if tensors.has(r"^mid_block\.") else ""
 

@@ -183,6 +183,8 @@ def test_headers_tell_tools_and_people_what_it_is(run, tmp_path):
         "ss_network_dim": "4",
         "ss_network_alpha": "4",
     }
+    [motion] = exported(run[0], "motion-lora", tmp_path / "run.ckpt", adapter="motion")
+    assert "motion LoRA, v2, sd15" in describe(motion)  # the middle block is AnimateDiff v2's
     text = describe(path)
     assert "kohya LoRA" in text
     assert "modelspec.trigger_phrase  zor" in text

@@ -11,8 +11,9 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from eval.clip_images import PROCESSORS, ImageNumbers, check_frames, preprocess, read_numbers
 from model import UserError
-from weights.load import TINY, VOCABULARY
+from weights.load import TINY
 from weights.parts import read_config, read_weights
+from weights.tokenizer import read_tokenizer
 
 __all__ = ["CLIPScorer", "clip_i", "clip_t", "load_clip", "preprocess", "temporal_consistency"]
 
@@ -105,7 +106,8 @@ def load_clip(folder: str | Path | None = None, device: str = "cpu") -> CLIPScor
         missing = "it is not a folder" if not path.is_dir() else "no config.json says that it is one"
         raise UserError(f"{path} holds no CLIP: {missing}. {WHERE_CLIP_IS}")
     model = _read_model(path)
-    tokenizer = _read_tokenizer(TINY / "tokenizer" if tiny else path, model)
+    home = TINY / "tokenizer" if tiny else path
+    tokenizer = read_tokenizer(home, model.config.text_config.vocab_size, "its CLIP", WHERE_CLIP_IS)
     numbers = TINY_NUMBERS if tiny else read_numbers(path, model.config.vision_config.image_size)
     return CLIPScorer(model.to(device), tokenizer, numbers, "tiny CLIP" if tiny else _name(path))
 
@@ -190,16 +192,3 @@ def _read_model(path: Path) -> CLIPModel:
         count = embeddings.position_embedding.num_embeddings
         embeddings.position_ids = torch.arange(count)[None]
     return model.eval().requires_grad_(False)
-
-
-def _read_tokenizer(folder: Path, model: CLIPModel) -> CLIPTokenizer:
-    if not (folder / "tokenizer.json").is_file() and not all((folder / name).is_file() for name in VOCABULARY):
-        raise UserError(f"{folder} holds a CLIP without its tokenizer (vocab.json and merges.txt). {WHERE_CLIP_IS}")
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        highest = max(tokenizer.get_vocab().values())
-    except Exception as error:  # whatever damage does to json and to tokenizers, which raises bare Exception
-        raise UserError(f"the tokenizer in {folder} is damaged ({error}): get its files again") from error
-    if highest >= (known := model.config.text_config.vocab_size):
-        raise UserError(f"the tokenizer of {folder} counts up to {highest}, and its CLIP knows {known} tokens")
-    return tokenizer

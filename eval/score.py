@@ -17,7 +17,7 @@ from eval.scoring import TITLES, ScorerSettings, described, open_scorers, score_
 from model import UserError
 from sampling import image_files
 from sampling.generate import numbered
-from sampling.media import _natural
+from sampling.media import natural_order
 from sampling.whole import read_whole
 from weights import parse_settings, read_json, run_command, write_json
 
@@ -117,7 +117,7 @@ def found_clips(paths: Sequence[str]) -> list[Path]:
         if not path.is_dir():
             clips.append(path)
             continue
-        inside = sorted((its for its in path.iterdir() if not its.name.startswith(".")), key=_natural)
+        inside = sorted((its for its in path.iterdir() if not its.name.startswith(".")), key=natural_order)
         videos = [its for its in inside if its.suffix.lower() in VIDEOS and its.is_file()]
         folders = [its for its in inside if its.is_dir() and holds_pictures(its)]
         if not videos and not (holds_pictures(path) or folders):

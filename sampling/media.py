@@ -151,7 +151,7 @@ def image_files(folder: str | Path) -> list[Path]:
     ]
     if not files:
         raise UserError(f"{folder} holds no pictures (its subfolders are not searched).")
-    return sorted(files, key=_natural)
+    return sorted(files, key=natural_order)
 
 
 def check_size(height: int, width: int) -> None:
@@ -165,7 +165,8 @@ def check_size(height: int, width: int) -> None:
         raise UserError(f"Sizes must be divisible by 8: {', '.join(wrong)}.")
 
 
-def _natural(path: Path) -> tuple[list[Any], str]:
+def natural_order(path: Path) -> tuple[list[Any], str]:
+    """A key to sort files by, numbers in their names by value: 2.jpg before 10.jpg."""
     # Odd places of the split are the numbers, so that only like is compared with like.
     parts = re.split(r"([0-9]+)", path.name.lower())
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name

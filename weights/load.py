@@ -33,6 +33,7 @@ from weights.keymaps import (
 )
 from weights.parts import Part, account, fill, read_part, take
 from weights.recipe import read_recipe
+from weights.tokenizer import VOCABULARY, read_tokenizer
 
 # A base's networks: folder in diffusers' layout, what is in it, how its tensors may be named, which may stay unused.
 NETWORKS: tuple[tuple[str, str, tuple[Layout, ...], dict[str, str]], ...] = (
@@ -43,7 +44,6 @@ NETWORKS: tuple[tuple[str, str, tuple[Layout, ...], dict[str, str]], ...] = (
 MOTION = "motion_adapter"  # the folder of a base's own motion modules, as diffusers' AnimateDiffPipeline names it
 TINY = Path(__file__).parent / "tiny"  # the base that is called "tiny"
 CLIP = "openai/clip-vit-large-patch14"  # Stable Diffusion 1.x's text encoder and vocabulary, on the hub
-VOCABULARY = ("vocab.json", "merges.txt")
 
 WHERE_VOCABULARY_GOES = (
     f"Get {' and '.join(VOCABULARY)} from https://huggingface.co/{CLIP}, put them into one folder, and name it with "
@@ -97,20 +97,8 @@ class Base:
             UserError: no vocabulary to be found, or one that does not belong to this text encoder.
         """
         folder = self.tokenizer_folder or _tokenizer_on_hub()
-        if not (folder / "tokenizer.json").is_file() and not all((folder / name).is_file() for name in VOCABULARY):
-            raise UserError(f"{folder} holds no tokenizer. {WHERE_VOCABULARY_GOES}")
-        try:
-            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-            highest = max(tokenizer.get_vocab().values())
-        except Exception as error:  # whatever damage does to json and to tokenizers, which raises bare Exception
-            raise UserError(f"the tokenizer in {folder} is damaged ({error}): get its files again") from error
-        size = self.text.config.vocab_size
-        if highest >= size:
-            raise UserError(
-                f"the tokenizer of {folder} counts up to {highest}, and the text encoder of {self.name} knows {size} "
-                "tokens: they do not belong together"
-            )
-        return tokenizer
+        whose = f"the text encoder of {self.name}"
+        return read_tokenizer(folder, self.text.config.vocab_size, whose, WHERE_VOCABULARY_GOES)
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> CLIP embeddings (b, n, d), n = 77 for CLIP, where the text encoder is and in its dtype.

@@ -28,9 +28,10 @@ from weights.configs import (
 )
 from weights.files import atomic_write, write_json
 from weights.keymaps import MOTION_ADAPTER, TEXT, UNET_DIFFUSERS, VAE_DIFFUSERS
-from weights.load import MOTION, VOCABULARY
+from weights.load import MOTION
 from weights.parts import Part
 from weights.recipe import RECIPE, check_recipe, write_recipe
+from weights.tokenizer import VOCABULARY
 
 CLIP_TEXT = replace(TEXT, prefix="text_model.")  # how all published text encoders are named
 

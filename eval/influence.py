@@ -142,7 +142,6 @@ class Measurement:
             asked_anew(*pair, kind)
         self.pairs, self.steps = listed[:count], QUICK if settings.quick else base.recipe.sampling_steps
         self.file = Path(settings.out) / f"{kind}s.json"
-        guidance = base.recipe.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
         about = {
             "settings": {name: value for name, value in asdict(settings).items() if name not in FREE},
             "steps": self.steps,

@@ -16,13 +16,16 @@ from sampling.write import check_writable, write_media
 from weights import (
     Base,
     BaseSettings,
+    learned_tokens,
     load_lora,
     lora_path,
     open_base,
     parse_settings,
+    read_embeddings,
     run_command,
     save_settings,
     split_strength,
+    unused_tokens,
     with_source,
 )
 
@@ -35,6 +38,8 @@ class GenerateSettings(BaseSettings):
         prompt: one or several prompts: a clip for each of them with each seed.
         out: .mp4, .gif, or a folder of frames (no suffix); several clips get numbers behind the name.
         lora: run folders, or LoRA files of any tool, each with a strength behind a colon if not 1 (runs/teddy:0.8).
+        embedding: textual-inversion files, whose tokens the prompts may then hold; for another token than the file's
+            own, it stands behind a colon (cat.pt:<my-cat>).
         allow_partial: use what fits of LoRA files that do not fit wholly.
         seed: one or several seeds.
         negative_prompt: what to keep away from.
@@ -52,6 +57,7 @@ class GenerateSettings(BaseSettings):
     prompt: list[str]
     out: str
     lora: list[str] = field(default_factory=list)
+    embedding: list[str] = field(default_factory=list)
     allow_partial: bool = False
     seed: list[int] = field(default_factory=lambda: [0])
     negative_prompt: str = ""
@@ -89,9 +95,12 @@ def generate_files(settings: GenerateSettings, base: Base | None = None) -> list
         )
     if base.unet.config.motion is None and frames > 1:
         warnings.warn(f"without --motion_module nothing ties the {frames} frames together", stacklevel=2)
+    embeddings = read_embeddings(settings.embedding)
+    for token in unused_tokens(embeddings, [*settings.prompt, settings.negative_prompt]):
+        warnings.warn(f"no prompt contains {token!r}: its embedding has no effect", stacklevel=2)
     options = {name: getattr(settings, name) for name in ("num_frames", "height", "width", "steps", "guidance_scale")}
     options |= {name: getattr(settings, name) for name in ("negative_prompt", "eta", "spacing")}
-    with loaded_loras(base, settings.lora, settings.allow_partial):
+    with loaded_loras(base, settings.lora, settings.allow_partial), learned_tokens(base, embeddings):
         for first in range(0, len(jobs), settings.batch_size):
             batch = jobs[first : first + settings.batch_size]
             prompts, seeds, files = zip(*batch, strict=True)
@@ -107,8 +116,8 @@ def clip_files(settings: GenerateSettings) -> list[tuple[str, int, Path]]:
     """The clips that settings ask for: prompt, seed, and the file it goes to.
 
     Raises:
-        UserError: nothing to generate, the same seed twice, a LoRA that is not there, or an output that cannot be
-            written.
+        UserError: nothing to generate, the same seed twice, a LoRA that is not there, an embedding that cannot be
+            read, or an output that cannot be written.
     """
     if not settings.prompt or not settings.seed or settings.batch_size < 1:
         raise UserError("give at least one prompt and one seed, and a batch size of at least 1")
@@ -116,6 +125,7 @@ def clip_files(settings: GenerateSettings) -> list[tuple[str, int, Path]]:
         raise UserError("a prompt or a seed is given twice: the clips would be the same")
     for argument in settings.lora:
         lora_path(split_strength(argument)[0])
+    read_embeddings(settings.embedding)
     if settings.fps is not None and not 0.1 <= settings.fps <= 1000:
         raise UserError(f"fps must be from 0.1 to 1000, and is {settings.fps}")
     out = Path(settings.out)

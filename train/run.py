@@ -14,7 +14,17 @@ from train.data import subject_files
 from train.motion import MotionSettings, read_frames, train_motion
 from train.settings import TrainSettings
 from train.ttt import TTTSettings, train_ttt
-from weights import Base, BaseSettings, lora_path, open_base, parse_settings, read_json, run_command, settings_from
+from weights import (
+    Base,
+    BaseSettings,
+    lora_path,
+    open_base,
+    parse_settings,
+    read_json,
+    run_command,
+    settings_from,
+    split_token,
+)
 from weights.lora import FILE_NAME, split_strength
 
 Settings = TypeVar("Settings", bound=BaseSettings)
@@ -115,11 +125,13 @@ def section(cls: type[Settings], settings: RunSettings, name: str, **defaults: A
 
 
 def up_to_date(settings: GenerateSettings, clips: Sequence[Path]) -> bool:
-    """Whether the clips are there, made with these settings, and no older than their LoRAs."""
+    """Whether the clips are there, made with these settings, and no older than their LoRAs and embeddings."""
     record = settings_file(settings)
     if not record.is_file() or not all(clip.exists() for clip in clips):
         return False
-    newest = max((lora_path(split_strength(lora)[0]).stat().st_mtime for lora in settings.lora), default=0)
+    used = [lora_path(split_strength(lora)[0]) for lora in settings.lora]
+    used += [Path(split_token(embedding)[0]) for embedding in settings.embedding]
+    newest = max((file.stat().st_mtime for file in used), default=0)
     same = read_json(record) == dataclasses.asdict(settings)
     return same and all(clip.stat().st_mtime >= newest for clip in clips)
 

@@ -1,6 +1,15 @@
 """Files in and out: bases, LoRAs, settings."""
 
 from weights.device import placed
+from weights.embeddings import (
+    Embedding,
+    learned_tokens,
+    read_embedding,
+    read_embeddings,
+    save_embedding,
+    split_token,
+    unused_tokens,
+)
 from weights.files import atomic_write, read_checkpoint, read_header, read_json, sha256, write_json
 from weights.load import Base, load_base
 from weights.lora import LoRAEntry, LoRAFile, load_lora, lora_path, read_lora_header, save_lora, split_strength
@@ -11,9 +20,11 @@ from weights.settings import parse_settings, run_command, save_settings, setting
 __all__ = [
     "Base",
     "BaseSettings",
+    "Embedding",
     "LoRAEntry",
     "LoRAFile",
     "atomic_write",
+    "learned_tokens",
     "load_base",
     "load_lora",
     "lora_path",
@@ -21,16 +32,21 @@ __all__ = [
     "parse_settings",
     "placed",
     "read_checkpoint",
+    "read_embedding",
+    "read_embeddings",
     "read_header",
     "read_json",
     "read_lora_header",
     "run_command",
     "save_base",
+    "save_embedding",
     "save_lora",
     "save_settings",
     "settings_from",
     "sha256",
     "split_strength",
+    "split_token",
+    "unused_tokens",
     "with_source",
     "write_json",
 ]

@@ -41,6 +41,7 @@ WANTED = {
     "the motion module": "an AnimateDiff motion module is wanted, such as v3_sd15_mm.ckpt",
     "the VAE": "an autoencoder for Stable Diffusion 1.5 is wanted, such as vae-ft-mse-840000-ema-pruned.safetensors",
     "a LoRA": "a LoRA is wanted: a run folder of customttt, or a file as kohya, diffusers, PEFT or AnimateDiff have it",
+    "an embedding": "a textual-inversion embedding is wanted: A1111's .pt, or diffusers' learned_embeds",
     "a LoRA of customttt": "a LoRA that customttt trained is wanted: a run folder, or the lora.safetensors in it",
 }
 MEDIA = (

@@ -40,7 +40,8 @@ def _family_of_text(tensors: Tensors) -> str:
 
 
 def _family_of_vectors(tensors: Tensors) -> str:
-    return "sdxl" if tensors.has("^clip_g$") else FAMILY_OF_WIDTH.get(tensors.size("", -1), "")
+    width = tensors.size("^string_to_param", -1) or tensors.size("", -1)  # older files hold token numbers beside them
+    return "sdxl" if tensors.has("^clip_g$") else FAMILY_OF_WIDTH.get(width, "")
 
 
 def _family_of_motion(tensors: Tensors) -> str:
@@ -74,7 +75,10 @@ def _version_of_unet(tensors: Tensors) -> str:
 
 def _is_one_embedding(tensors: Tensors) -> bool:
     """One entry, named by the word it stands for: (width) or (n, width)."""
-    return len(tensors.shapes) == 1 and all("." not in n and len(s) in (1, 2) for n, s in tensors.shapes.items())
+    if len(tensors.shapes) != 1:
+        return False
+    name, shape = next(iter(tensors.shapes.items()))
+    return len(shape) in (1, 2) and re.fullmatch(r"[^.]*|<.*>", name) is not None
 
 
 def _has(*patterns: str, no: str = r"(?!)") -> Callable[[Tensors], bool]:
@@ -95,6 +99,10 @@ class Row:
 
 _LDM = r"^model\.diffusion_model\.input_blocks\.0\.0\.weight$"
 _FOREIGN_LORA = "It belongs in --lora."
+_EMBEDDING = (
+    "This is a textual-inversion embedding: vectors for a new word of the prompt, not weights of a network. It belongs "
+    "in --embedding."
+)
 # How the kinds of adapters that are no plain LoRA name their tensors.
 _LYCORIS = {
     "LoHa": r"\.hada_w\d",
@@ -112,10 +120,10 @@ ROWS: tuple[Row, ...] = (
         "This is a LoRA whose tensors have no names (written by early scripts of cloneofsimo and showlab): nothing "
         "says which layer each belongs to, so it cannot be used."),
     Row("textual inversion", _has(r"^string_to_param|^emb_params$|^clip_[lg]$"),
-        "This is a textual-inversion embedding: vectors for a new word of the prompt, not weights of a network.",
+        _EMBEDDING,
         _family_of_vectors),
     Row("textual inversion", _is_one_embedding,
-        "This is a textual-inversion embedding: vectors for a new word of the prompt, not weights of a network.",
+        _EMBEDDING,
         _family_of_vectors),
     *(Row("LyCORIS", _has(pattern),
           f"This is a {name} file (LyCORIS's or PEFT's), which is not a plain LoRA; customttt does not read it.",

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from model.errors import UserError
 from weights.detect import FileKind, detect
-from weights.files import TensorInfo, read_header
+from weights.embeddings import KIND, token_in, vectors_in
+from weights.files import Header, TensorInfo, read_header
 from weights.settings import run_command
 
 # What files carry beside weights: positional tables, the noise schedule, copies for averaging, scales of LoRAs.
@@ -94,6 +95,8 @@ def _file_lines(path: Path, found: FileKind) -> list[tuple[str, str]]:
         lines.append(("rank", ranks[0] if len(set(ranks)) == 1 else _counted(ranks)))
     if found.family in ("sd15", "") and found.kind not in ("VAE", "text encoder"):
         lines += _layer_lines(tensors)
+    if found.kind == KIND:
+        lines += _embedding_lines(path, header)
     if "customttt" in header.metadata:
         lines += _own_lines(path, header.metadata["customttt"])
     return lines + [(key, header.metadata[key]) for key in TELLING if key in header.metadata]
@@ -109,6 +112,13 @@ def _layer_lines(tensors: Mapping[str, TensorInfo]) -> list[tuple[str, str]]:
         elif layer is not None and re.search(r"attentions|transformer_blocks", name):
             layers["spatial"].add(layer)
     return [(kind, "layers " + " ".join(map(str, sorted(held)))) for kind, held in layers.items() if held]
+
+
+def _embedding_lines(path: Path, header: Header) -> list[tuple[str, str]]:
+    shapes = [info.shape for info in vectors_in(header.tensors).values()]
+    vectors = [f"{shape[0] if len(shape) > 1 else 1} of width {shape[-1]}" for shape in shapes if shape]
+    token = token_in(header, path) or "none in the file: write one behind a colon, FILE:TOKEN"
+    return [("token", token), ("vectors", ", ".join(vectors))]
 
 
 def _own_lines(path: Path, text: str) -> list[tuple[str, str]]:

@@ -4,7 +4,7 @@ import hashlib
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from weights.keymaps import (
 )
 from weights.parts import Part, account, fill, read_part, take
 from weights.recipe import read_recipe
-from weights.tokenizer import VOCABULARY, read_tokenizer
+from weights.tokenizer import VOCABULARY, composed, read_tokenizer, tokenize
 
 # A base's networks: folder in diffusers' layout, what is in it, how its tensors may be named, which may stay unused.
 NETWORKS: tuple[tuple[str, str, tuple[Layout, ...], dict[str, str]], ...] = (
@@ -67,6 +67,7 @@ class Base:
             another's, and are the same for copies in float32 and float16.
         source: what was named to load it from, by flag: base, motion_module, vae, tokenizer.
         tokenizer_folder: where CLIP's vocabulary is, None: on the hub.
+        learned: tokens that prompts may hold beside CLIP's, and the numbers that each stands for: `learned_tokens`.
     """
 
     unet: UNet3D
@@ -78,6 +79,7 @@ class Base:
     fingerprints: dict[str, str]
     source: dict[str, Any]
     tokenizer_folder: Path | None = None
+    learned: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -105,18 +107,21 @@ class Base:
 
         A longer prompt is cut, and a warning says what of it was lost.
         """
-        length = self.text.config.max_position_embeddings
-        cut = self.tokenizer(list(prompts), verbose=False, return_offsets_mapping=True)
-        for prompt, offsets in zip(prompts, cut["offset_mapping"], strict=True):
-            if len(offsets) > length:
-                lost = prompt[offsets[length - 1][0] :]
-                warnings.warn(f"the prompt is longer than {length - 2} tokens, and this is cut: {lost!r}", stacklevel=2)
-        tokens = self.tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        )
-        device = next(self.text.parameters()).device
         with torch.no_grad():
-            return self.text(tokens["input_ids"].to(device))
+            return self.text(self.tokens(prompts))
+
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> token numbers (b, n) as `text` takes them, cut like `embed`'s; what `learned` knows is in them."""
+        length, its = self.text.config.max_position_embeddings, self.tokenizer
+        rows = []
+        for prompt in map(composed, prompts):
+            found = tokenize(its, prompt, self.learned)
+            if len(found) > length - 2:
+                lost = prompt[found[length - 2][1] :]
+                warnings.warn(f"the prompt is longer than {length - 2} tokens, and this is cut: {lost!r}", stacklevel=3)
+            row = [its.bos_token_id, *(number for number, _ in found[: length - 2]), its.eos_token_id]
+            rows.append(row + [its.pad_token_id] * (length - len(row)))
+        return torch.tensor(rows, device=next(self.text.parameters()).device)
 
 
 def load_base(

@@ -1,5 +1,8 @@
-"""CLIP's tokenizer from a folder, checked against the network whose tokens it counts."""
+"""CLIP's tokenizer from a folder, checked against the network whose tokens it counts; prompts with learned tokens."""
 
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from transformers import CLIPTokenizer
@@ -34,3 +37,47 @@ def read_tokenizer(folder: Path, known: int, whose: str, remedy: str) -> CLIPTok
             "together"
         )
     return tokenizer
+
+
+def tokenize(tokenizer: CLIPTokenizer, prompt: str, learned: Mapping[str, Sequence[int]]) -> list[tuple[int, int]]:
+    """The tokens of a prompt, start and end left out: the number of each, and where in the prompt it begins.
+
+    Learned tokens are cut out first, the longest where two would fit, and the tokenizer gets what lies between: it
+    would find those of its own in the middle of other words.
+
+    Args:
+        tokenizer: CLIP's.
+        prompt: in Unicode's composed form (NFC), as the tokenizer makes it.
+        learned: the numbers that each learned token stands for.
+    """
+    longest = sorted(learned, key=len, reverse=True)
+    either = "|".join(f"({_pattern(token)})" for token in longest) or "(?!)"
+    found, begin = [], 0
+    for match in re.finditer(either, prompt, re.IGNORECASE):
+        found += _plain(tokenizer, prompt, begin, match.start())
+        found += [(number, match.start()) for number in learned[longest[(match.lastindex or 0) - 1]]]
+        begin = match.end()
+    return found + _plain(tokenizer, prompt, begin, len(prompt))
+
+
+def contains(prompt: str, token: str) -> bool:
+    """Whether a learned token stands in a prompt: as a word of its own, in capitals or not."""
+    return re.search(_pattern(token), composed(prompt), re.IGNORECASE) is not None
+
+
+def composed(text: str) -> str:
+    """The text as CLIP's tokenizer makes it before it looks: one way to write a letter with an accent (NFC)."""
+    return unicodedata.normalize("NFC", text)
+
+
+def _pattern(token: str) -> str:
+    """An end that is a letter or a digit must end the word too: "cat" is not in "category", but is in "cat's"."""
+    token = composed(token)
+    before = r"(?<!\w)" if re.match(r"\w", token) else ""
+    after = r"(?!\w)" if re.search(r"\w\Z", token) else ""
+    return before + r"\s+".join(map(re.escape, token.split())) + after
+
+
+def _plain(tokenizer: CLIPTokenizer, prompt: str, begin: int, end: int) -> list[tuple[int, int]]:
+    cut = tokenizer(prompt[begin:end], add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    return [(n, begin + start) for n, (start, _) in zip(cut["input_ids"], cut["offset_mapping"], strict=True)]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from oracles import error, randomise
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from model import TextConfig, TextEncoder, UserError
@@ -42,17 +43,38 @@ def test_text_is_causal(encoder):
 
 def test_a_learned_token_is_reached_by_its_number_and_moves_nothing_else(encoder):
     tokens = torch.randint(0, 60, (1, 10))
-    before = encoder(tokens)
-    old = encoder.clip.embeddings.token_embedding.weight.clone()
-    numbers = encoder.add_token(torch.stack([old[7], torch.ones(64)]))
-    assert numbers == [60, 61]
-    assert torch.equal(encoder.clip.embeddings.token_embedding.weight[:60], old)
-    assert torch.equal(encoder(tokens), before)
-    with_seven, with_learned = tokens.clone(), tokens.clone()
-    with_seven[0, 3], with_learned[0, 3] = 7, numbers[0]
-    assert torch.equal(encoder(with_seven), encoder(with_learned))
+    before, table = encoder(tokens), encoder.clip.embeddings.token_embedding
+    old = table.weight.clone()
+    with encoder.learned(torch.stack([old[7], torch.ones(64)])) as numbers, encoder.learned(old[[9]]) as more:
+        assert (numbers, more) == ([60, 61], [62])
+        assert torch.equal(encoder(tokens), before)
+        for number, same in ((60, 7), (62, 9)):
+            with_known, with_learned = tokens.clone(), tokens.clone()
+            with_known[0, 3], with_learned[0, 3] = same, number
+            assert torch.equal(encoder(with_known), encoder(with_learned))
+        with_learned[0, 3] = 61
+        assert error(encoder(with_learned), before) > 1e-2
+    assert encoder.clip.embeddings.token_embedding is table
+    assert torch.equal(table.weight, old)
+
+
+def test_gradients_reach_a_learned_token_alone(encoder):
+    """Against finite differences along one direction."""
+    encoder.double()
+    vectors = nn.Parameter(torch.randn(2, 64, dtype=torch.double))
+    direction = torch.randn(2, 64, dtype=torch.double)
+
+    def loss(vectors):
+        with encoder.learned(vectors):
+            return encoder(torch.tensor([[58, 3, 60, 61, 3, 60, 59]])).square()[:, :, 0].sum()
+
+    loss(vectors).backward()
+    step = 1e-5
+    slope = (loss(vectors.data + step * direction) - loss(vectors.data - step * direction)) / (2 * step)
+    assert torch.isclose((vectors.grad * direction).sum(), slope, rtol=1e-6)
+    assert all(p.grad is None for p in encoder.parameters())
 
 
 def test_a_learned_token_of_another_width_is_refused(encoder):
-    with pytest.raises(UserError, match="64"):
-        encoder.add_token(torch.zeros(1, 768))
+    with pytest.raises(UserError, match="64"), encoder.learned(torch.zeros(1, 768)):
+        pass

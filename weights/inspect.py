@@ -14,9 +14,10 @@ from weights.embeddings import KIND, token_in, vectors_in
 from weights.files import Header, TensorInfo, read_header
 from weights.settings import run_command
 
-# What files carry beside weights: positional tables, the noise schedule, copies for averaging, scales of LoRAs.
+# What files carry beside weights: positional tables, the noise schedule, copies for averaging, scales of LoRAs, the
+# numbers of tokens.
 CONSTANTS = re.compile(
-    r"(^|\.)(pe|position_ids|alpha)$|^model_ema\.|^(betas|alphas_|sqrt_|log_one_|posterior_|lvlb_|logvar|scale_factor)"
+    r"(^|\.)(pe|position_ids|alpha)$|^string_to_token|^model_ema\.|^(betas|alphas_|sqrt_|log_one_|posterior_|lvlb_|logvar|scale_factor)"
 )
 DOWN = re.compile(r"(lora_down|lora\.down|lora_linear_layer\.down|lora_A(\.\w+)?)\.weight$")
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.ckpt", "*.pt", "*.pth")

@@ -58,7 +58,7 @@ def test_a_token_that_no_prompt_contains_is_warned_about(base, file, tmp_path):
 def test_files_in_the_wrong_place_are_sent_to_the_right_one(base, file, tmp_path):
     sd15 = tmp_path / "sd15.safetensors"
     save_file({"<x>": torch.zeros(1, 768)}, sd15)
-    settings = {"prompt": ["a cat"], "out": str(tmp_path / "clip.mp4")}
+    settings = {"prompt": ["a cat of"], "out": str(tmp_path / "clip.mp4")}
     for given, says in (
         ({"lora": [str(sd15)]}, "textual-inversion embedding.*belongs in --embedding.*a LoRA is wanted"),
         ({"embedding": [str(file), f"{file}:CAT"]}, "have the same token"),

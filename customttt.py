@@ -18,6 +18,7 @@ COMMANDS = {
     "score": ("eval.score", "score clips: prompt, subject, consistency, motion"),
     "export": ("weights.export", "write a LoRA as a file of other tools"),
     "inspect": ("weights.inspect", "say what a file is"),
+    "download": ("weights.download", "fetch Stable Diffusion 1.5, AnimateDiff's motion modules and more from the hub"),
 }
 USAGE = "usage: customttt COMMAND [--FLAG VALUE ...]\n\n" + "\n".join(
     f"  {name:<12}{about}" for name, (_, about) in COMMANDS.items()

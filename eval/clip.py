@@ -18,7 +18,7 @@ from weights.tokenizer import read_tokenizer
 __all__ = ["CLIPScorer", "clip_i", "clip_t", "load_clip", "preprocess", "temporal_consistency"]
 
 WHERE_CLIP_IS = (
-    "Get one with `hf download openai/clip-vit-base-patch32 --local-dir FOLDER` (config.json, model.safetensors or "
+    "Get one with `customttt download clip-b32` (openai/clip-vit-base-patch32: config.json, model.safetensors or "
     "pytorch_model.bin, vocab.json, merges.txt, preprocessor_config.json) and name its folder with --clip"
 )
 POSITIONS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")  # in old files: counts

@@ -19,6 +19,7 @@ from model import AutoencoderKL, NoiseSchedule, Recipe, TextEncoder, UNet3D, Use
 from weights.configs import motion_config, text_config, unet_config, vae_config
 from weights.detect import FileKind, detect, detect_tensors, refuse
 from weights.device import choose_device, default_dtype
+from weights.download import CLIP_L14, how_to_get
 from weights.files import read_checkpoint
 from weights.keymaps import (
     IGNORED_IN_BASE,
@@ -43,11 +44,11 @@ NETWORKS: tuple[tuple[str, str, tuple[Layout, ...], dict[str, str]], ...] = (
 )
 MOTION = "motion_adapter"  # the folder of a base's own motion modules, as diffusers' AnimateDiffPipeline names it
 TINY = Path(__file__).parent / "tiny"  # the base that is called "tiny"
-CLIP = "openai/clip-vit-large-patch14"  # Stable Diffusion 1.x's text encoder and vocabulary, on the hub
 
 WHERE_VOCABULARY_GOES = (
-    f"Get {' and '.join(VOCABULARY)} from https://huggingface.co/{CLIP}, put them into one folder, and name it with "
-    "--tokenizer FOLDER (the folder tokenizer/ of a diffusers base is found without)."
+    f"Get it with `customttt download tokenizer`; or put {' and '.join(VOCABULARY)} of "
+    f"https://huggingface.co/{CLIP_L14} into one folder, and name it with --tokenizer FOLDER (the folder tokenizer/ of "
+    "a diffusers base is found without)."
 )
 
 
@@ -141,8 +142,9 @@ def load_base(
         path: a diffusers folder (whole or sharded, float32 or the fp16 variant), a one-file checkpoint (.safetensors,
             .ckpt), the name of either kind of repository in the hub's cache ("owner/name"), or "tiny": the base that
             comes with this program ("./tiny" is a folder of that name). A folder's `recipe.json` is its recipe.
-        motion_module: AnimateDiff's file (v1, v2, v3) or a diffusers MotionAdapter folder; None: the folder
-            `motion_adapter` inside the base's, as "tiny" has one, and without that an image-only UNet.
+        motion_module: AnimateDiff's file (v1, v2, v3), also as "owner/name/file" in the hub's cache, or a diffusers
+            MotionAdapter folder; None: the folder `motion_adapter` inside the base's, as "tiny" has one, and without
+            that an image-only UNet.
         vae: a file or folder with another autoencoder than the base's own.
         tokenizer: a folder with CLIP's vocabulary; None: the base's own, else the hub's.
         device: where the weights go; None: to CUDA if there is one.
@@ -203,18 +205,26 @@ def _tiny() -> Path:
 
 
 def _resolve(path: str | Path) -> Path:
-    """A path as it is, or the folder of a hub name in the hub's cache."""
+    """A path as it is, or what a hub name ("owner/name", "owner/name/file") stands for in the hub's cache."""
     here = Path(path).expanduser()
     if here.exists():
         return here
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+    named = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?", str(path))
+    if named is None:
         raise UserError(f"{path} does not exist")
+    repo, file = named.groups()
     try:
-        return Path(snapshot_download(str(path), local_files_only=True))
+        if file is not None:
+            return Path(hf_hub_download(repo, file, local_files_only=True))
+        return Path(snapshot_download(repo, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError) as error:
+        if folder := getattr(
+            error, "snapshot_path", None
+        ):  # only a part of the repository was fetched: it may be enough
+            return Path(folder)
         raise UserError(
             f"{path} is no file or folder here, and no model of that name is in the hub's cache. If it is on the hub, "
-            f"get it with: hf download {path}"
+            f"get it with: {how_to_get(repo, file)}"
         ) from error
 
 
@@ -281,7 +291,7 @@ def _tokenizer_on_hub() -> Path:
     """
     for offline in (True, False):
         try:
-            found = [hf_hub_download(CLIP, name, local_files_only=offline) for name in VOCABULARY]
+            found = [hf_hub_download(CLIP_L14, name, local_files_only=offline) for name in VOCABULARY]
             return Path(found[0]).parent
         except (OSError, HfHubHTTPError) as error:
             reason = error

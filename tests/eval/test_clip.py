@@ -249,7 +249,7 @@ def test_a_processor_of_another_clip_is_found_out(clip_folder):
 
 def test_folders_that_hold_no_clip(clip_folder, tmp_path):
     for folder in (tmp_path / "nothing", tmp_path, TINY / "text_encoder"):
-        with pytest.raises(UserError, match=r"holds no CLIP.*hf download openai/clip-vit-base-patch32.*--clip"):
+        with pytest.raises(UserError, match=r"holds no CLIP.*customttt download clip-b32.*--clip"):
             load_clip(folder)
 
 
@@ -259,7 +259,7 @@ def test_a_clip_without_its_tokenizer(clip_folder):
     with pytest.raises(UserError, match="damaged"):
         load_clip(folder)
     (folder / "vocab.json").unlink()
-    with pytest.raises(UserError, match=r"holds no tokenizer.*hf download"):
+    with pytest.raises(UserError, match=r"holds no tokenizer.*customttt download"):
         load_clip(folder)
 
 

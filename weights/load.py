@@ -218,10 +218,9 @@ def _resolve(path: str | Path) -> Path:
             return Path(hf_hub_download(repo, file, local_files_only=True))
         return Path(snapshot_download(repo, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError) as error:
-        if folder := getattr(
-            error, "snapshot_path", None
-        ):  # only a part of the repository was fetched: it may be enough
-            return Path(folder)
+        partial = getattr(error, "snapshot_path", None)  # where a part of the repository was fetched: it may be enough
+        if partial is not None:
+            return Path(partial)
         raise UserError(
             f"{path} is no file or folder here, and no model of that name is in the hub's cache. If it is on the hub, "
             f"get it with: {how_to_get(repo, file)}"

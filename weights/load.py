@@ -99,7 +99,7 @@ class Base:
         Raises:
             UserError: no vocabulary to be found, or one that does not belong to this text encoder.
         """
-        folder = self.tokenizer_folder or _tokenizer_on_hub()
+        folder = self.tokenizer_folder or tokenizer_on_hub()
         whose = f"the text encoder of {self.name}"
         return read_tokenizer(folder, self.text.config.vocab_size, whose, WHERE_VOCABULARY_GOES)
 
@@ -283,10 +283,13 @@ def _tokenizer_folder(source: Path, tokenizer: str | Path | None) -> Path | None
     return folder if folder.is_dir() else None
 
 
-def _tokenizer_on_hub() -> Path:
+def tokenizer_on_hub() -> Path:
     """The folder of CLIP's vocabulary in the hub's cache, fetched if it is not there yet.
 
     transformers would not do: with no network, it answers with an empty tokenizer and no error.
+
+    Raises:
+        UserError: it is not in the cache, and the hub does not answer.
     """
     for offline in (True, False):
         try:

@@ -31,9 +31,10 @@ from weights.keymaps import MOTION_ADAPTER, TEXT, UNET_DIFFUSERS, VAE_DIFFUSERS
 from weights.load import MOTION
 from weights.parts import Part
 from weights.recipe import RECIPE, check_recipe, write_recipe
-from weights.tokenizer import VOCABULARY
+from weights.tokenizer import FILES, VOCABULARY
 
 CLIP_TEXT = replace(TEXT, prefix="text_model.")  # how all published text encoders are named
+SD15_PIXELS = 512  # side of the pictures that Stable Diffusion 1.5's folder asks for
 
 
 def save_base(
@@ -42,7 +43,7 @@ def save_base(
     vae: AutoencoderKL,
     text: TextEncoder,
     tokenizer_folder: str | Path,
-    recipe: Recipe,
+    recipe: Recipe | None,
     dtype: torch.dtype = torch.float16,
     shard_bytes: int = 14_000_000,
     clip: CLIPModel | None = None,
@@ -58,8 +59,9 @@ def save_base(
         unet: with its motion modules.
         vae: its autoencoder.
         text: its text encoder.
-        tokenizer_folder: with CLIP's vocabulary (vocab.json, merges.txt); its files are copied.
-        recipe: for `recipe.json`.
+        tokenizer_folder: with CLIP's vocabulary (vocab.json, merges.txt); its files are copied, and what else lies
+            there is not.
+        recipe: for `recipe.json`; None: there is none, as in Stable Diffusion's own folders.
         dtype: of the weights in the files.
         shard_bytes: a network that takes more goes into several files of at most that, with an index.
         clip: the whole CLIP that `text` is a part of, for a folder `clip/` that `load_base` leaves alone: it tells
@@ -77,20 +79,22 @@ def save_base(
     missing = [name for name in VOCABULARY if not (tokenizer_folder / name).is_file()]
     if missing:
         raise UserError(f"{tokenizer_folder} holds no tokenizer: {' and '.join(missing)} should be in it")
-    check_recipe(recipe, folder / RECIPE)
+    if recipe is not None:
+        check_recipe(recipe, folder / RECIPE)
+    pixels = SD15_PIXELS if recipe is None else max(recipe.height, recipe.width)
     tensors = unet.state_dict()
     image = {name: tensor for name, tensor in tensors.items() if ".temporal." not in name}
     motion = {name: tensor for name, tensor in tensors.items() if ".temporal." in name}
     parts = {
-        "unet": Part(folder / "unet", UNET_DIFFUSERS, image, config=_unet_json(unet, recipe, vae)),
-        "vae": Part(folder / "vae", VAE_DIFFUSERS, vae.state_dict(), config=_vae_json(vae, recipe)),
+        "unet": Part(folder / "unet", UNET_DIFFUSERS, image, config=_unet_json(unet, pixels // vae.config.factor)),
+        "vae": Part(folder / "vae", VAE_DIFFUSERS, vae.state_dict(), config=_vae_json(vae, pixels)),
         "text_encoder": Part(folder / "text_encoder", CLIP_TEXT, text.clip.state_dict(), config=_text_json(text)),
         MOTION: Part(folder / MOTION, MOTION_ADAPTER, motion, config=_motion_json(unet)),
     }
-    _check("unet", unet_config(parts["unet"], modules), unet.config)
-    _check("vae", vae_config(parts["vae"]), vae.config)
-    _check("text_encoder", text_config(parts["text_encoder"]), text.config)
-    _check(MOTION, motion_config(parts[MOTION]), modules)
+    check_told("unet", unet_config(parts["unet"], modules), unet.config)
+    check_told("vae", vae_config(parts["vae"]), vae.config)
+    check_told("text_encoder", text_config(parts["text_encoder"]), text.config)
+    check_told(MOTION, motion_config(parts[MOTION]), modules)
 
     networks: dict[str, tuple[Mapping[str, Any], dict[str, Tensor]]] = {}
     for name, part in parts.items():
@@ -100,16 +104,19 @@ def save_base(
         config = json.loads(clip.config.to_json_string()) | {"architectures": ["CLIPModel"]}
         networks["clip"] = config, _cast(folder / "clip", clip.state_dict(), dtype)
 
-    with _replacing([folder / name for name in (*networks, "tokenizer")]) as fresh:
+    with replacing([folder / name for name in (*networks, "tokenizer")]) as fresh:
         for name, (config, theirs) in networks.items():
             _write_network(fresh[folder / name], config, theirs, shard_bytes)
-        for file in sorted(tokenizer_folder.iterdir()):
+        for file in (tokenizer_folder / name for name in FILES):
             if file.is_file():
                 with atomic_write(fresh[folder / "tokenizer"] / file.name) as temporary:
                     shutil.copyfile(file, temporary)
     write_json(folder / "scheduler" / "scheduler_config.json", _scheduler_json(NoiseSchedule()))
     write_json(folder / "model_index.json", MODEL_INDEX)
-    write_recipe(folder, recipe)
+    if recipe is None:
+        (folder / RECIPE).unlink(missing_ok=True)  # of the base that was here before
+    else:
+        write_recipe(folder, recipe)
 
 
 MODEL_INDEX: dict[str, Any] = {
@@ -125,11 +132,11 @@ MODEL_INDEX: dict[str, Any] = {
 }
 
 
-def _unet_json(unet: UNet3D, recipe: Recipe, vae: AutoencoderKL) -> dict[str, Any]:
+def _unet_json(unet: UNet3D, sample_size: int) -> dict[str, Any]:
     config = unet.config
     return UNET_FIXED | {
         "_class_name": "UNet2DConditionModel",
-        "sample_size": max(recipe.height, recipe.width) // vae.config.factor,
+        "sample_size": sample_size,
         "in_channels": config.in_channels,
         "out_channels": config.out_channels,
         "block_out_channels": config.block_out_channels,
@@ -142,11 +149,11 @@ def _unet_json(unet: UNet3D, recipe: Recipe, vae: AutoencoderKL) -> dict[str, An
     }
 
 
-def _vae_json(vae: AutoencoderKL, recipe: Recipe) -> dict[str, Any]:
+def _vae_json(vae: AutoencoderKL, sample_size: int) -> dict[str, Any]:
     config = vae.config
     return VAE_FIXED | {
         "_class_name": "AutoencoderKL",
-        "sample_size": max(recipe.height, recipe.width),
+        "sample_size": sample_size,
         "in_channels": config.in_channels,
         "out_channels": config.out_channels,
         "latent_channels": config.latent_channels,
@@ -206,7 +213,7 @@ def _scheduler_json(schedule: NoiseSchedule) -> dict[str, Any]:
     }
 
 
-def _check(network: str, told: object, config: object) -> None:
+def check_told(network: str, told: object, config: object) -> None:
     """What will be read from the files must be what is there: not all of a config has a field in this layout."""
     if told != config:
         raise UserError(f"the {network} cannot be kept in this layout: {config} would be read as {told}")
@@ -242,7 +249,7 @@ def _write_network(folder: Path, config: Mapping[str, Any], tensors: dict[str, T
 
 
 @contextmanager
-def _replacing(folders: Sequence[Path]) -> Iterator[dict[Path, Path]]:
+def replacing(folders: Sequence[Path]) -> Iterator[dict[Path, Path]]:
     """Give a fresh sibling of each folder to write to; when the block ends well, they take the folders' places.
 
     Where the block fails, the siblings are removed and the folders are as they were. A former folder is moved aside,

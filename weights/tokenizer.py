@@ -10,6 +10,7 @@ from transformers import CLIPTokenizer
 from model.errors import UserError
 
 VOCABULARY = ("vocab.json", "merges.txt")
+FILES = (*VOCABULARY, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def read_tokenizer(folder: Path, known: int, whose: str, remedy: str) -> CLIPTokenizer:

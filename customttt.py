@@ -17,6 +17,7 @@ COMMANDS = {
     "generate": ("sampling.generate", "generate clips, with any number of LoRAs"),
     "score": ("eval.score", "score clips: prompt, subject, consistency, motion"),
     "export": ("weights.export", "write a LoRA as a file of other tools"),
+    "merge": ("weights.merge", "write a base with LoRAs inside, for tools that know no LoRA"),
     "inspect": ("weights.inspect", "say what a file is"),
     "download": ("weights.download", "fetch Stable Diffusion 1.5, AnimateDiff's motion modules and more from the hub"),
 }

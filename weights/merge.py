@@ -154,14 +154,14 @@ def _cast(network: nn.Module, dtype: torch.dtype, what: str) -> None:
 
 def _write(folder: Path, name: str, base: Base, layout: str, record: Mapping[str, Any]) -> None:
     if layout == "ldm":
+        files = folder / f"{name}.safetensors", folder / f"{name}_mm.safetensors"
+        save_ldm(*files, base.unet, base.vae, base.text, {HEADER: json.dumps(record)})
         if replace(base.unet.config, motion=None) != UNetConfig():
             warnings.warn(
                 f"{base.name} is not of Stable Diffusion 1.5's size: only tools that are told its size will load the "
                 "files",
                 stacklevel=3,
             )
-        files = folder / f"{name}.safetensors", folder / f"{name}_mm.safetensors"
-        save_ldm(*files, base.unet, base.vae, base.text, {HEADER: json.dumps(record)})
     else:
         assert base.tokenizer  # reads it, and so checks that it belongs to the text encoder
         vocabulary = base.tokenizer_folder or tokenizer_on_hub()

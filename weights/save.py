@@ -215,8 +215,13 @@ def _scheduler_json(schedule: NoiseSchedule) -> dict[str, Any]:
 
 def check_told(network: str, told: object, config: object) -> None:
     """What will be read from the files must be what is there: not all of a config has a field in this layout."""
-    if told != config:
-        raise UserError(f"the {network} cannot be kept in this layout: {config} would be read as {told}")
+    other = [
+        f"{name} = {value} would be read as {getattr(told, name)}"
+        for name, value in vars(config).items()
+        if value != getattr(told, name)
+    ]
+    if other:
+        raise UserError(f"the {network} cannot be kept in this layout: {', '.join(other)}")
 
 
 def _encodings(part: Part, frames: int) -> dict[str, Tensor]:

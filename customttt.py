@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from model.errors import UserError
-from weights.settings import run_command
+from weights.command import run_command
 
 COMMANDS = {
     "demo": ("eval.demo", "a first look: inputs, all stages, and a page that shows what came of it"),

@@ -102,7 +102,7 @@ def ablate(settings: GridSettings, base: Base | None = None) -> Path:
     for cell in tqdm(work, desc="cells", position=0):
         for stage, its in cell.stages.items():
             TRAIN[stage](its, base)
-        if not up_to_date(cell.clips, files_of(cell)):
+        if not up_to_date(cell.clips):
             generate_files(cell.clips, base)
         results.append(scored(cell, base, scorers, known))
     write_tables(settings, results, described(scorers))

@@ -87,7 +87,7 @@ def demo(settings: DemoSettings) -> Path:
         with record.step(name, RunFolder(its.out).lora.is_file()) as open_:
             train(its, base() if open_ else None)
     files = {kind: [file for _, _, file in clip_files(its)] for kind, its in plan.clips.items()}
-    missing = [kind for kind, its in plan.clips.items() if not up_to_date(its, files[kind])]
+    missing = [kind for kind, its in plan.clips.items() if not up_to_date(its)]
     with record.step("generate", not missing):
         for kind in missing:
             print(KINDS[kind][0])

@@ -16,10 +16,9 @@ from eval.measures import mean
 from eval.scoring import TITLES, ScorerSettings, described, open_scorers, score_clips, score_diversity, together
 from model import UserError
 from sampling import image_files
-from sampling.generate import numbered
 from sampling.media import natural_order
 from sampling.whole import read_whole
-from weights import parse_settings, read_json, run_command, write_json
+from weights import find_record, parse_settings, run_command, write_json
 
 VIDEOS = {".mp4", ".gif", ".webm", ".mov", ".mkv", ".avi"}
 WIDTH = 120  # of the lines below a table
@@ -148,26 +147,20 @@ def found_prompts(clips: Sequence[Path], given: Sequence[str]) -> list[str]:
         if len(given) not in (1, len(clips)):
             raise UserError(f"--prompt has {len(given)} prompts for {len(clips)} clips: give one, or one for each")
         return list(given) * (len(clips) if len(given) == 1 else 1)
-    kept = {folder: kept_prompts(folder) for folder in {clip.absolute().parent for clip in clips}}
-    prompts = [kept[clip.absolute().parent].get(clip.name, "") for clip in clips]
+    prompts = [kept_prompt(clip) for clip in clips]
     if without := [clip.name for clip, prompt in zip(clips, prompts, strict=True) if not prompt]:
         warnings.warn(f"no --prompt, and none was kept beside {together(without)}: no CLIP-T", stacklevel=2)
     return prompts
 
 
-def kept_prompts(folder: Path) -> dict[str, str]:
-    """By file name, the prompts of the clips that `customttt generate` wrote into a folder, as its settings tell."""
-    found: dict[str, str] = {}
-    for file in sorted(folder.glob("*.settings.json")):
-        try:
-            kept = read_json(file)
-            prompts, seeds, out = kept["prompt"], kept["seed"], folder / Path(kept["out"]).name
-            if not all(isinstance(prompt, str) for prompt in prompts):
-                raise TypeError("its prompts are no texts")
-            found |= {path.name: prompt for prompt, _, path in numbered(prompts, seeds, out)}
-        except (UserError, KeyError, TypeError, ValueError) as error:
-            warnings.warn(f"{file} does not tell the prompts of clips beside it: {error}", stacklevel=2)
-    return found
+def kept_prompt(clip: Path) -> str:
+    """The prompt of a clip that `customttt generate` wrote, as its record tells; "" for other clips."""
+    try:
+        record = find_record(clip)
+    except UserError as error:
+        warnings.warn(f"the record of {clip} does not tell its prompt: {error}", stacklevel=2)
+        return ""
+    return "" if record is None else record.prompt
 
 
 def read_photos(paths: Sequence[str]) -> list[Tensor] | None:

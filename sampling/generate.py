@@ -1,32 +1,39 @@
 """Clips from prompts, seeds and LoRAs: `python -m sampling.generate`."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from lora import adapter_names, adapters, remove_adapter
 from model import UserError
+from sampling.origins import Clip, batches, left_open, origins
 from sampling.sample import sample_videos
 from sampling.write import check_writable, write_media
 from weights import (
     Base,
     BaseSettings,
+    Record,
+    complete,
     learned_tokens,
     load_lora,
     lora_path,
     open_base,
-    parse_settings,
+    parse_given,
     read_embeddings,
+    record_file,
     run_command,
-    save_settings,
+    settings_from,
     split_strength,
     unused_tokens,
+    versions,
     with_source,
+    write_json,
 )
 
 
@@ -88,28 +95,62 @@ def generate_files(settings: GenerateSettings, base: Base | None = None) -> list
     settings = with_source(settings, base)
     jobs = clip_files(settings)
     base = base or open_base(settings)
-    frames = base.recipe.num_frames if settings.num_frames is None else settings.num_frames
-    if check_writable(settings.out) in (".png", ".jpg", ".jpeg") and frames != 1:
-        raise UserError(
-            f"{settings.out} holds one picture, not {frames} frames: use .mp4, .gif or a folder, or one frame"
-        )
-    if base.unet.config.motion is None and frames > 1:
-        warnings.warn(f"without --motion_module nothing ties the {frames} frames together", stacklevel=2)
-    embeddings = read_embeddings(settings.embedding)
-    for token in unused_tokens(embeddings, [*settings.prompt, settings.negative_prompt]):
-        warnings.warn(f"no prompt contains {token!r}: its embedding has no effect", stacklevel=2)
-    options = {name: getattr(settings, name) for name in ("num_frames", "height", "width", "steps", "guidance_scale")}
-    options |= {name: getattr(settings, name) for name in ("negative_prompt", "eta", "spacing")}
-    with loaded_loras(base, settings.lora, settings.allow_partial), learned_tokens(base, embeddings):
-        for first in range(0, len(jobs), settings.batch_size):
-            batch = jobs[first : first + settings.batch_size]
-            prompts, seeds, files = zip(*batch, strict=True)
-            label = f"clip {first + 1} to {first + len(batch)} of {len(jobs)}" if len(jobs) > 1 else "sampling"
-            for file, video in zip(files, sample_videos(base, prompts, seeds, progress=label, **options), strict=True):
-                write_media(file, video, fps=base.recipe.fps if settings.fps is None else settings.fps)
-                print(f"wrote {file}")
-    save_settings(settings_file(settings), settings)
+    make_clips(settings, base, batches(jobs, settings.batch_size), left_open(settings, base))
     return [file for _, _, file in jobs]
+
+
+def make_clips(
+    settings: GenerateSettings, base: Base, batched: Sequence[Sequence[Clip]], filled: Mapping[str, Any]
+) -> None:
+    """Sample the clips of each batch at once and write those that have a file, each with its record.
+
+    Args:
+        settings: as they were given, which is how they are recorded.
+        base: what the settings name.
+        batched: the clips.
+        filled: what takes the place of settings, see `left_open`.
+
+    Raises:
+        UserError: as `generate_files`.
+    """
+    # checked, and of one type each: 8 and 8.0 are one number, and two records
+    settings = settings_from(GenerateSettings, asdict(settings), "settings")
+    its = settings_from(GenerateSettings, {**asdict(settings), **filled}, "settings")
+    if check_writable(its.out) in (".png", ".jpg", ".jpeg") and its.num_frames != 1:
+        raise UserError(
+            f"{its.out} holds one picture, not {its.num_frames} frames: use .mp4, .gif or a folder, or one frame"
+        )
+    if base.unet.config.motion is None and its.num_frames != 1:
+        warnings.warn(f"without --motion_module nothing ties the {its.num_frames} frames together", stacklevel=3)
+    names = ("num_frames", "height", "width", "steps", "guidance_scale", "negative_prompt", "eta", "spacing")
+    options = {name: getattr(its, name) for name in names}
+    assert its.fps is not None  # it is filled in
+    told = origins(settings, batched)
+    now = versions(base.device)
+    environment = {
+        "customttt": now.pop("customttt"),
+        "filled": {name: getattr(its, name) for name in filled},
+        "base": base.name,
+        "fingerprints": base.fingerprints,
+        "versions": now,
+        "threads": torch.get_num_threads(),
+    }
+    embeddings = read_embeddings(settings.embedding)
+    for token in unused_tokens(embeddings, [*its.prompt, its.negative_prompt]):
+        warnings.warn(f"no prompt contains {token!r}: its embedding has no effect", stacklevel=3)
+    total, done = sum(map(len, batched)), 0
+    with loaded_loras(base, settings.lora, settings.allow_partial), learned_tokens(base, embeddings):
+        for batch in batched:
+            prompts, seeds, files = zip(*batch, strict=True)
+            label = f"clip {done + 1} to {done + len(batch)} of {total}" if total > 1 else "sampling"
+            done += len(batch)
+            for file, video in zip(files, sample_videos(base, prompts, seeds, progress=label, **options), strict=True):
+                if file is not None:
+                    record = asdict(Record(**told[file], **environment))
+                    record_file(file).unlink(missing_ok=True)  # it must not stay beside a clip that it does not fit
+                    write_media(file, video, fps=its.fps, metadata=record)
+                    write_json(record_file(file), record)
+                    print(f"wrote {file}")
 
 
 def clip_files(settings: GenerateSettings) -> list[tuple[str, int, Path]]:
@@ -146,12 +187,6 @@ def numbered(prompts: Sequence[str], seeds: Sequence[int], out: Path) -> list[tu
     ]
 
 
-def settings_file(settings: GenerateSettings) -> Path:
-    """Where the settings are kept beside the clips: the name of `out` with .settings.json behind it."""
-    out = Path(settings.out)
-    return out.with_name(f"{out.name}.settings.json")
-
-
 @contextmanager
 def loaded_loras(base: Base, arguments: Sequence[str], allow_partial: bool = False) -> Iterator[None]:
     """Within the block the LoRAs named as in `--lora` are in the networks and on; afterwards they are gone.
@@ -186,10 +221,16 @@ def loaded_loras(base: Base, arguments: Sequence[str], allow_partial: bool = Fal
 
 def main(argv: Sequence[str] | None = None) -> None:
     """`customttt generate`."""
-    settings = parse_settings(
-        GenerateSettings, argv, prog="customttt generate", description="Generate clips, with any number of LoRAs."
-    )
-    generate_files(settings)
+    about = "Generate clips, with any number of LoRAs; or make one again."
+    source = {"from": "a clip of this program, or the .record.json beside it: made again; flags win over its settings"}
+    given = parse_given(GenerateSettings, argv, prog="customttt generate", description=about, sources=source)
+    video = given.pop("from", None)
+    if video is None:
+        generate_files(complete(GenerateSettings, given))
+    else:
+        from sampling.again import generate_again  # it builds on this module
+
+        generate_again(video, **given)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ FRAME_FILE = re.compile(r"\d{4,}\.png")
 GAP = 2  # pixels of white between the frames of a contact sheet
 
 
-def write_media(path: str | Path, frames: Tensor, fps: float = 8.0, metadata: dict[str, str] | None = None) -> None:
+def write_media(path: str | Path, frames: Tensor, fps: float = 8.0, metadata: Mapping[str, Any] | None = None) -> None:
     """Write frames (f, 3, h, w) in [-1, 1] (values outside are clamped) to `path`, atomically, by its suffix.
 
     .mp4: H.264, yuv420p, limited-range bt709, faststart, visually lossless (crf 17), the same bytes every time; even
@@ -109,7 +110,7 @@ def _to_bytes(path: Path, frames: Tensor) -> np.ndarray:
     return torch.stack(pixels).permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def _write_mp4(path: Path, pixels: np.ndarray, rate: Fraction, metadata: dict[str, str] | None) -> None:
+def _write_mp4(path: Path, pixels: np.ndarray, rate: Fraction, metadata: Mapping[str, Any] | None) -> None:
     height, width = pixels.shape[1:3]
     if height % 2 or width % 2:
         raise UserError(f"{path}: mp4 needs even sizes, and the frames are {width}x{height} pixels.")

@@ -7,24 +7,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from model import UserError
-from sampling.generate import GenerateSettings, clip_files, generate_files, settings_file
+from sampling.generate import GenerateSettings, clip_files, generate_files, numbered
+from sampling.origins import batches, origins
 from train.appearance import AppearanceSettings, train_appearance
 from train.data import clip_files as clip_files_of
 from train.data import subject_files
 from train.motion import MotionSettings, read_frames, train_motion
 from train.settings import TrainSettings
 from train.ttt import TTTSettings, train_ttt
-from weights import (
-    Base,
-    BaseSettings,
-    lora_path,
-    open_base,
-    parse_settings,
-    read_json,
-    run_command,
-    settings_from,
-    split_token,
-)
+from weights import Base, BaseSettings, find_record, open_base, parse_settings, run_command, settings_from
 from weights.lora import FILE_NAME, split_strength
 
 Settings = TypeVar("Settings", bound=BaseSettings)
@@ -98,7 +89,7 @@ def run(settings: RunSettings) -> list[Path]:
         done = (Path(its.out) / FILE_NAME).is_file()
         lora = train(its, base_for(not done))
         print(f"{lora}{' (was done)' if done else ''}")
-    if not up_to_date(clip, clips):
+    if not up_to_date(clip):
         generate_files(clip, base_for(True))
     else:
         print("\n".join(f"{clip} (was done)" for clip in clips))
@@ -124,16 +115,23 @@ def section(cls: type[Settings], settings: RunSettings, name: str, **defaults: A
     return settings_from(cls, {**common, **defaults, **table}, where=name)
 
 
-def up_to_date(settings: GenerateSettings, clips: Sequence[Path]) -> bool:
-    """Whether the clips are there, made with these settings, and no older than their LoRAs and embeddings."""
-    record = settings_file(settings)
-    if not record.is_file() or not all(clip.exists() for clip in clips):
+def up_to_date(settings: GenerateSettings) -> bool:
+    """Whether the clips are there, and their records tell of these settings and of the LoRAs as they are now.
+
+    Raises:
+        UserError: a LoRA that is not there.
+    """
+    clips = numbered(settings.prompt, settings.seed, Path(settings.out))
+    return all(is_from(file, origin) for file, origin in origins(settings, batches(clips, settings.batch_size)).items())
+
+
+def is_from(clip: Path, origin: Mapping[str, Any]) -> bool:
+    """Whether the clip is there and was made so."""
+    try:
+        record = find_record(clip) if clip.exists() else None
+    except UserError:  # a damaged record tells nothing
         return False
-    used = [lora_path(split_strength(lora)[0]) for lora in settings.lora]
-    used += [Path(split_token(embedding)[0]) for embedding in settings.embedding]
-    newest = max((file.stat().st_mtime for file in used), default=0)
-    same = read_json(record) == dataclasses.asdict(settings)
-    return same and all(clip.stat().st_mtime >= newest for clip in clips)
+    return record is not None and all(getattr(record, name) == value for name, value in origin.items())
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,5 +1,6 @@
 """Files in and out: bases, LoRAs, settings."""
 
+from weights.command import run_command
 from weights.device import placed
 from weights.embeddings import (
     Embedding,
@@ -10,12 +11,13 @@ from weights.embeddings import (
     split_token,
     unused_tokens,
 )
-from weights.files import atomic_write, read_checkpoint, read_header, read_json, sha256, write_json
+from weights.files import atomic_write, printable, read_checkpoint, read_header, read_json, sha256, write_json
 from weights.load import Base, load_base
 from weights.lora import LoRAEntry, LoRAFile, load_lora, lora_path, read_lora_header, save_lora, split_strength
 from weights.open import BaseSettings, open_base, with_source
+from weights.record import Record, find_record, record_file, versions
 from weights.save import save_base
-from weights.settings import parse_settings, run_command, save_settings, settings_from
+from weights.settings import complete, parse_given, parse_settings, save_settings, settings_from
 
 __all__ = [
     "Base",
@@ -23,20 +25,26 @@ __all__ = [
     "Embedding",
     "LoRAEntry",
     "LoRAFile",
+    "Record",
     "atomic_write",
+    "complete",
+    "find_record",
     "learned_tokens",
     "load_base",
     "load_lora",
     "lora_path",
     "open_base",
+    "parse_given",
     "parse_settings",
     "placed",
+    "printable",
     "read_checkpoint",
     "read_embedding",
     "read_embeddings",
     "read_header",
     "read_json",
     "read_lora_header",
+    "record_file",
     "run_command",
     "save_base",
     "save_embedding",
@@ -47,6 +55,7 @@ __all__ = [
     "split_strength",
     "split_token",
     "unused_tokens",
+    "versions",
     "with_source",
     "write_json",
 ]

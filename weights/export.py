@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from lora import KINDS, TARGETS, LowRank, adapter_linears, layers_with
 from model import SD15_V2, UNet3D, UserError
+from weights.command import run_command
 from weights.detect import detect
 from weights.files import atomic_write, read_checkpoint, read_header
 from weights.foreign import READ
 from weights.formats import FORMATS, WHAT, Format, fold
 from weights.keymaps import UNET_DIFFUSERS
 from weights.lora import OWN, LoRAEntry, LoRAFile, read_lora_header
-from weights.settings import parse_settings, run_command
+from weights.settings import parse_settings
 
 # diffusers calls these by keyword, which PEFT's layers do not take
 FUSED_ALONE = re.compile(r"\.temporal\.\d\.proj_(in|out)$")

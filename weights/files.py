@@ -104,6 +104,11 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path} is not valid JSON: {error}.") from error
 
 
+def printable(text: str) -> str:
+    """The text without what could move a terminal's cursor, a blank in its place: files come from strangers."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
 def sha256(path: str | Path) -> str:
     """The file's SHA-256 in hexadecimal."""
     digest = hashlib.sha256()

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from model.errors import UserError
+from weights.command import run_command
 from weights.detect import FileKind, detect
 from weights.embeddings import KIND, token_in, vectors_in
-from weights.files import Header, TensorInfo, read_header
-from weights.settings import run_command
+from weights.files import Header, TensorInfo, printable, read_header
+from weights.record import find_record
 
 # What files carry beside weights: positional tables, the noise schedule, copies for averaging, scales of LoRAs, the
 # numbers of tokens.
@@ -58,7 +59,7 @@ def describe(path: str | Path) -> str:
     elif path.is_dir() and found.kind != "run folder":
         lines += _folder_lines(path)
     elif found.kind in ("image", "video") and path.is_file():
-        lines.append(("size", f"{path.stat().st_size:,} bytes"))
+        lines += [("size", f"{path.stat().st_size:,} bytes"), *_record_lines(path)]
     elif path.is_file():
         lines += _file_lines(path, found)
     lines.append(("note", found.note))
@@ -138,6 +139,25 @@ def _own_lines(path: Path, text: str) -> list[tuple[str, str]]:
         raise UserError(f"{path} is a LoRA of customttt with a damaged header: {error!r}.") from error
 
 
+def _record_lines(path: Path) -> list[tuple[str, str]]:
+    """What a clip of ours was made with; nothing for other pictures and videos."""
+    try:
+        record = find_record(path)
+    except UserError as error:  # a bad record does not hide what the file is
+        return [("record", f"unreadable: {error}")]
+    if record is None:
+        return []
+    made_by = {"customttt": record.customttt, **record.versions}
+    return [
+        ("prompt", record.prompt),
+        ("seed", str(record.seed)),
+        *((flag, f"{name} (SHA-256 {its})") for flag, files in record.files.items() for name, its in files.items()),
+        ("base", record.base),
+        ("made by", ", ".join(f"{name} {number}" for name, number in made_by.items())),
+        ("again", "`customttt generate --from` makes it again"),
+    ]
+
+
 def _folder_lines(path: Path) -> list[tuple[str, str]]:
     """One line for each file of weights, here and one folder down, and the sum of each folder."""
     lines = []
@@ -165,8 +185,8 @@ def _counted(values: Iterable[str]) -> str:
 
 
 def _printable(text: str, longest: int = 400) -> str:
-    """The text on one line, without what could move a terminal's cursor: files come from strangers."""
-    line = "".join(letter if letter.isprintable() else " " for letter in text)
+    """The text on one line, and not a long one."""
+    line = printable(text)
     return line if len(line) <= longest else line[:longest] + " ..."
 
 

@@ -14,6 +14,7 @@ from weights.files import read_json
 HEADER = "lora_adapter_metadata"  # diffusers' entry of a safetensors header
 PREFIXES = {"unet": "unet.", "text": "text_encoder."}
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT's own folder
+PEFT_CONFIG = "adapter_config.json"  # beside them
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def read_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, PeftConfi
     Raises:
         UserError: a config that is damaged, or of another method than LoRA.
     """
-    beside = path.with_name("adapter_config.json")
+    beside = path.with_name(PEFT_CONFIG)
     if path.name in ADAPTER_FILES and beside.is_file():
         return dict.fromkeys(PREFIXES, _config(_table(read_json(beside), beside), beside))
     if HEADER not in metadata:

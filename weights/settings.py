@@ -1,29 +1,28 @@
-"""Settings of every command, one dataclass each, from flags or a YAML or JSON file or both; and how commands end."""
+"""Settings of every command, one dataclass each, from flags or a YAML or JSON file or both."""
 
 import argparse
 import copy
 import dataclasses
 import difflib
 import math
-import os
 import re
 import shutil
 import sys
 import types
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import torch
 import yaml
 from jsonargparse import ArgumentParser
-from tqdm import tqdm
 
 from model.errors import UserError
 from weights.files import write_json
 
 Settings = TypeVar("Settings")
+
+CONFIG = "a YAML or JSON file of these settings; flags win over it"
 
 
 def parse_settings(
@@ -35,14 +34,35 @@ def parse_settings(
     that may be None. `--help` prints the docstring's `Args:` entries and leaves. Raises UserError for an unknown flag
     or key (with the nearest known one), a flag given twice, a wrong type, a missing value, an unreadable file.
     """
+    return complete(cls, parse_given(cls, argv, prog, description))
+
+
+def parse_given(
+    cls: type,
+    argv: Sequence[str] | None = None,
+    prog: str | None = None,
+    description: str | None = None,
+    sources: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """As parse_settings, but only what was given: `complete` fills the dataclass from it.
+
+    `sources` are further flags that, as `--config` does, name a file to take settings from, and their help; they are
+    handed back unread among the rest.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     if "-h" in words or "--help" in words:
-        _print_help(cls, prog, description)
+        _print_help(cls, prog, description, {"config": CONFIG, **sources})
         raise SystemExit(0)
-    flags = _flags(cls, words)
-    config = flags.pop("config", None)
+    flags = _flags({**_types(cls), **dict.fromkeys(("config", *sources), str)}, words)
+    files = {name: flags.pop(name) for name in ("config", *sources) if name in flags}
+    config = files.pop("config", None)
     given = {} if config is None else _checked(cls, read_config(config), f"{config}: ")
-    return _build(cls, {**given, **_checked(cls, flags, "--")}, "--")
+    return {**given, **_checked(cls, flags, "--"), **files}
+
+
+def complete(cls: type[Settings], given: Mapping[str, Any]) -> Settings:
+    """The dataclass `cls` from what parse_given handed back; raises UserError for a value that is missing."""
+    return _build(cls, given, "--")
 
 
 def settings_from(cls: type[Settings], mapping: Mapping[str, Any], where: str) -> Settings:
@@ -68,38 +88,6 @@ def save_settings(path: str | Path, settings: Any) -> None:
     write_json(path, dataclasses.asdict(settings))
 
 
-def run_command(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> NoReturn:
-    """Run an entry script's `main(argv)` and leave the process with its exit code.
-
-    0 or what `main` returned; 2 after a UserError or when memory ran out (one line on stderr, no traceback); 130 after
-    Ctrl-C. Warnings appear as one plain line each. Any other exception is a mistake of the program: it is shown whole.
-    """
-    warnings.showwarning = _show_warning
-    try:
-        code = main(argv) or 0
-        sys.stdout.flush()
-    except UserError as error:
-        code = _complain(f"error: {error}", 2)
-    except KeyboardInterrupt as stop:
-        code = _complain(f"interrupted{': ' if str(stop) else ''}{stop}", 130)
-    except (PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        code = _complain(f"error: {error.filename} cannot be opened: {error.strerror}.", 2)
-    except BrokenPipeError:
-        # the reader (`| head`) has left: nothing to say, and Python must not try to flush at its exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        code = _complain(
-            f"error: out of memory ({str(error).splitlines()[0] if str(error) else 'on the CPU'}). These flags lower "
-            "what is needed: fewer --num_frames, smaller --width and --height, --gradient_checkpointing, --dtype "
-            "float16 or bfloat16, a lower --rank.",
-            2,
-        )
-    sys.exit(code)
-
-
 class _TextLoader(yaml.SafeLoader):
     """YAML without guesses: `1e-5`, `yes`, `2024-01-01` and `0123` all stay text; a key given twice is an error."""
 
@@ -117,9 +105,8 @@ class _TextLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def _flags(cls: type, words: list[str]) -> dict[str, Any]:
+def _flags(hints: Mapping[str, Any], words: list[str]) -> dict[str, Any]:
     """Split `--name word word --other=word` into names and the text given to each."""
-    hints = {**_types(cls), "config": str}
     given: dict[str, list[str]] = {}
     name = ""
     for word in words:
@@ -180,7 +167,7 @@ def _typed(value: Any, hint: Any, label: str) -> Any:
     return typed
 
 
-def _build(cls: type[Settings], values: dict[str, Any], where: str) -> Settings:
+def _build(cls: type[Settings], values: Mapping[str, Any], where: str) -> Settings:
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if field.init and required and field.name not in values:
@@ -236,8 +223,8 @@ def _describe(hint: Any) -> str:
     return " or ".join(map(one, _options(hint)))
 
 
-def _print_help(cls: type, prog: str | None, description: str | None) -> None:
-    hints = {"config": Path, **_types(cls)}
+def _print_help(cls: type, prog: str | None, description: str | None, sources: Mapping[str, str]) -> None:
+    hints = {**dict.fromkeys(sources, Path), **_types(cls)}
 
     class Formatter(argparse.HelpFormatter):
         """Flag, value and default on one line where they fit, without types in Python's words."""
@@ -260,7 +247,8 @@ def _print_help(cls: type, prog: str | None, description: str | None) -> None:
 
     usage = "%(prog)s [--config FILE] [--FLAG VALUE ...]"
     parser = ArgumentParser(prog=prog, usage=usage, description=description, formatter_class=Formatter)
-    parser.add_argument("--config", help="a YAML or JSON file of these settings; flags win over it")
+    for name, about in sources.items():
+        parser.add_argument(f"--{name}", help=about)
     parser.add_class_arguments(cls, as_group=False)
     parser.print_help()
 
@@ -272,19 +260,3 @@ def _metavar(hint: Any) -> str:
     if get_origin(option) in (list, tuple):
         return _metavar(get_args(option)[0]) + " ..."
     return {int: "N", float: "X", bool: "", Path: "FILE", dict: "{...}"}.get(get_origin(option) or option, "TEXT")
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or (
-        "out of memory" in text or "can't allocate memory" in text
-    )
-
-
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    tqdm.write(f"warning: {' '.join(str(message).split())}", file=sys.stderr)  # above a progress bar, not into it
-
-
-def _complain(message: str, code: int) -> int:
-    print(message, file=sys.stderr)
-    return code

@@ -19,6 +19,7 @@ from model import UserError
 from sampling import read_video
 from train.vocabulary import SPARE_WORDS
 from train.world import HELD_OUT_MOTIONS, HELD_OUT_SUBJECTS
+from weights import find_record
 
 SMALL = {
     "height": 32,
@@ -55,7 +56,7 @@ def test_it_leaves_inputs_loras_clips_sheet_and_page(done):
         *(f"photos/000{i}.png" for i in range(4)),
         *(f"{stage}/{name}" for stage in ("appearance", "motion", "ttt") for name in LORA),
         *(f"clips/{kind}-1-seed{seed}.mp4" for kind in kinds for seed in (0, 1)),
-        *(f"clips/{kind}.mp4.settings.json" for kind in kinds),
+        *(f"clips/{kind}-1-seed{seed}.mp4.record.json" for kind in kinds for seed in (0, 1)),
         *("ttt/report.json", "reference.mp4", "contact-sheet.png", "index.html", "demo.json"),
     }
     clips = {kind: read_video(out_of(done) / f"clips/{kind}-1-seed0.mp4", 3, 32, 32) for kind in kinds}
@@ -64,10 +65,10 @@ def test_it_leaves_inputs_loras_clips_sheet_and_page(done):
 
 def test_each_kind_of_clip_is_made_with_its_own_loras(done):
     out = out_of(done)
-    kept = {kind: json.loads((out / f"clips/{kind}.mp4.settings.json").read_text()) for kind in module.KINDS}
+    kept = {kind: find_record(out / f"clips/{kind}-1-seed1.mp4") for kind in module.KINDS}
     loras = {"base": [], "both": [str(out / "appearance"), str(out / "motion")], "ttt": [str(out / "ttt")]}
-    assert {kind: its["lora"] for kind, its in kept.items()} == loras
-    assert all(its["seed"] == [0, 1] and its["prompt"] == ["a zor is dax over the road"] for its in kept.values())
+    assert {kind: its.settings["lora"] for kind, its in kept.items()} == loras
+    assert all((its.prompt, its.seed) == ("a zor is dax over the road", 1) for its in kept.values())
 
 
 def test_the_page_shows_every_file_and_every_step(done):
@@ -106,8 +107,11 @@ def test_what_was_stopped_goes_on_to_the_same_result(done, tmp_path, monkeypatch
     demo(stopped)
     first, second = contents(out_of(done)), contents(tmp_path / "demo")
     assert first.keys() == second.keys()
-    same = [name for name in first if name.endswith((".mp4", ".png"))]
-    assert all(first[name] == second[name] for name in same)
+    pictures = [name for name in first if name.endswith(".png")]
+    assert all(first[name] == second[name] for name in pictures)
+    for name in (name for name in first if name.endswith(".mp4")):  # their records name the LoRAs of either folder
+        clips = [read_video(folder / name, 3, 32, 32) for folder in (out_of(done), tmp_path / "demo")]
+        assert torch.equal(*clips)
 
 
 def test_another_subject_wants_another_folder(done):

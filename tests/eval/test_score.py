@@ -1,6 +1,7 @@
 """`customttt score`: files in, a table and JSON out."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -11,13 +12,12 @@ from eval.score import ScoreSettings, found_clips, score_files, table
 from eval.scoring import ScorerSettings, open_scorers, score_clips, score_diversity
 from model import UserError
 from sampling import write_media
-from sampling.generate import GenerateSettings, clip_files, settings_file
+from sampling.generate import GenerateSettings, clip_files
 from sampling.whole import read_whole
 from train.world import render
-from weights import save_settings
+from weights import Record, record_file
 
 pytest.importorskip("cv2")
-NUMBER = '{"prompt": [1], "seed": [0], "out": "x.mp4"}'
 
 PROMPTS = ["a plain blue square is moving right over the sand", "a dotted red star over the road"]
 LOOKS = [("square", "plain", "blue", "sand"), ("star", "dotted", "red", "road")]
@@ -27,14 +27,23 @@ def clip_of(looks, motion="moving right", seed=0):
     return render(scenes_of(1, *looks, motion, seed=seed))[0][0].transpose(0, 1)
 
 
+def record(prompt, seed):
+    nothing = {name: {} for name in ("settings", "filled", "files", "fingerprints", "versions")}
+    whole = Record(
+        customttt="0", prompt=prompt, seed=seed, prompts=[prompt], seeds=[seed], base="tiny", threads=1, **nothing
+    )
+    return asdict(whole)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Clips as `customttt generate` leaves them: two prompts with two seeds, and the settings; photos and reference."""
+    """Clips with all that `customttt score` reads of the records that `customttt generate` leaves: two prompts with two
+    seeds; photos and reference.
+    """
     root = tmp_path_factory.mktemp("made")
     settings = GenerateSettings(prompt=PROMPTS, seed=[0, 1], out=str(root / "clips" / "x.mp4"))
     for prompt, seed, path in clip_files(settings):
-        write_media(path, clip_of(LOOKS[PROMPTS.index(prompt)], seed=seed), fps=8)
-    save_settings(settings_file(settings), settings)
+        write_media(path, clip_of(LOOKS[PROMPTS.index(prompt)], seed=seed), fps=8, metadata=record(prompt, seed))
     write_media(root / "photos", clip_of(LOOKS[1], "resting")[:2])
     write_media(root / "reference.mp4", clip_of(LOOKS[0]), fps=8)
     return root
@@ -174,13 +183,14 @@ def test_bad_input_is_named(made, tmp_path):
         score_files(ScoreSettings(video=[str(clip), str(clip)], device="cpu"))
 
 
-def test_settings_of_nonsense_beside_clips_do_not_stop_it(made, tmp_path):
-    write_media(tmp_path / "x.mp4", clip_of(LOOKS[0]))
-    for i, text in enumerate(["{", "[]", '{"prompt": ["a"]}', '{"prompt": 3, "seed": [0], "out": "x.mp4"}', NUMBER]):
-        (tmp_path / f"{i}.settings.json").write_text(text)
-    with pytest.warns(UserWarning, match="does not tell the prompts") as said:
+def test_records_of_nonsense_do_not_stop_it(made, tmp_path):
+    texts = ["{", "[]", '{"customttt": "0"}', json.dumps({**record("a", 0), "prompt": 3})]
+    for i, text in enumerate(texts):
+        write_media(tmp_path / f"{i}.gif", clip_of(LOOKS[0]))
+        record_file(tmp_path / f"{i}.gif").write_text(text)
+    with pytest.warns(UserWarning, match="does not tell its prompt") as said:
         result = score_files(ScoreSettings(video=[str(tmp_path)], device="cpu"))
-    assert len(said) == 6
+    assert len(said) == len(texts) + 1
     assert "clip_t" not in result["means"]
 
 

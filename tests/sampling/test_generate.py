@@ -132,7 +132,7 @@ def test_files_are_written_with_loras_at_their_strength_and_the_network_left_cle
     written = read_video(tmp_path / "clip", 3, 32, 32)
     assert (written - expected).abs().max() < 1.01 / 127.5
     assert adapter_names(base.unet) == []
-    assert json.loads((tmp_path / "clip.settings.json").read_text())["seed"] == [1]
+    assert json.loads((tmp_path / "clip.record.json").read_text())["seed"] == 1
 
 
 def test_every_option_reaches_the_sampler_and_the_file(base, tmp_path):

@@ -1,5 +1,8 @@
 """All steps from one file, and what is done is skipped."""
 
+import os
+import shutil
+
 import pytest
 import torch
 import yaml
@@ -9,6 +12,7 @@ import train.run as module
 from model import UserError
 from sampling import read_video, write_media
 from train.run import RunSettings, main, run
+from weights import find_record, sha256
 
 
 @pytest.fixture
@@ -47,8 +51,9 @@ def test_one_file_gives_both_loras_and_the_clips(config, tmp_path, capsys):
         *(f"motion/{name}" for name in folder),
         *(f"ttt/{name}" for name in {*folder, "report.json"}),
         "video-1-seed1.mp4",
+        "video-1-seed1.mp4.record.json",
         "video-1-seed2.mp4",
-        "video.mp4.settings.json",
+        "video-1-seed2.mp4.record.json",
     }
     clips = [read_video(tmp_path / "run" / f"video-1-seed{seed}.mp4", 2, 32, 32) for seed in (1, 2)]
     assert not torch.equal(*clips)
@@ -74,6 +79,29 @@ def test_only_what_is_missing_is_done_again(config, tmp_path, capsys):
     main(config(generate={"steps": 2, "seed": [3]}))
     assert (tmp_path / "run" / "video.mp4").is_file()
     assert (tmp_path / "run" / "ttt" / "lora.safetensors").stat().st_mtime_ns == kept
+
+
+def test_contents_count_and_not_the_clock(config, tmp_path, monkeypatch):
+    main(config())
+    clips = [tmp_path / "run" / f"video-1-seed{seed}.mp4" for seed in (1, 2)]
+    lora = tmp_path / "run" / "ttt" / "lora.safetensors"
+    made = []
+    generate = module.generate_files
+    monkeypatch.setattr(module, "generate_files", lambda *given: made.append(1) or generate(*given))
+    os.utime(lora, (2e9, 2e9))  # as new as can be, and the same
+    os.utime(clips[0], (1e9, 1e9))
+    main(config())
+    assert not made
+    shutil.copy(tmp_path / "run" / "appearance" / "lora.safetensors", lora)
+    os.utime(lora, (1e8, 1e8))  # another one, and older than the clips
+    main(config())
+    assert len(made) == 1
+    assert {find_record(clip).files["lora"][str(lora.parent)] for clip in clips} == {sha256(lora)}
+    main(config())
+    assert len(made) == 1
+    shutil.copy(clips[0], clips[1])  # what a record says counts, not that there is a file
+    main(config())
+    assert len(made) == 2
 
 
 @pytest.mark.parametrize(

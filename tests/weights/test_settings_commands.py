@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model.errors import UserError
-from weights.settings import run_command
+from weights.command import run_command
 
 
 def end_of(main, capsys):
@@ -76,7 +76,8 @@ def test_a_warning_is_one_plain_line(capsys):
 SCRIPT = """
 import sys, warnings
 from dataclasses import dataclass
-from weights.settings import parse_settings, run_command
+from weights.command import run_command
+from weights.settings import parse_settings
 
 @dataclass
 class Lines:

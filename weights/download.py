@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.errors import UserError
+from weights.command import run_command
 from weights.hub import GO_ON, HubFile, cached, check_space, fetch, lookup
-from weights.settings import run_command
 
 VARIANTS = {"fp16": ".fp16", "fp32": ""}
 DIFFUSERS = (

@@ -12,7 +12,7 @@ from model import UserError
 from sampling import write_media
 from sampling.again import generate_again
 from sampling.generate import GenerateSettings, generate_files, main
-from weights import find_record, load_base, record_file, run_command
+from weights import Embedding, find_record, load_base, record_file, run_command, save_embedding
 from weights.inspect import describe
 
 PROMPT = "a teddy bear"
@@ -233,3 +233,15 @@ def test_an_error_shows_no_control_characters(plain, tmp_path, capsys):
     assert said.startswith("error: ")
     assert "is not a setting" in said
     assert "\x1b" not in said
+
+
+def test_an_embedding_that_is_another_is_named(made, base, tmp_path):
+    file = tmp_path / "look.safetensors"
+    vectors = torch.randn(2, base.text.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    save_embedding(file, Embedding("<look>", vectors))
+    (clip,) = made(embedding=[str(file)], prompt=["a <look> cat"], seed=[1], name="tokened.mp4")
+    (again,) = generate_again(clip, base)
+    assert again.read_bytes() == clip.read_bytes()
+    save_embedding(file, Embedding("<look>", vectors + 1))
+    with pytest.raises(UserError, match=r"look\.safetensors is not what .*--embedding"):
+        generate_again(clip, base)

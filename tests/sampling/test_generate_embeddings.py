@@ -1,7 +1,5 @@
 """`customttt generate --embedding`: the clip is that of the embedded prompt, and mistakes are said."""
 
-import json
-import os
 import warnings
 
 import pytest
@@ -12,7 +10,7 @@ from model import UserError
 from sampling import read_video, sample_videos
 from sampling.generate import GenerateSettings, clip_files, generate_files, main
 from train.run import RunSettings, section, up_to_date
-from weights import Embedding, learned_tokens
+from weights import Embedding, find_record, learned_tokens, with_source
 
 WIDTH = 128
 
@@ -43,7 +41,7 @@ def test_the_clip_is_that_of_the_embedded_prompt(base, file, tmp_path, where):
     assert (written - expected).abs().max() < 1.01 / 127.5
     assert (written - plain).abs().max() > 0.05
     assert base.learned == {}
-    assert json.loads((tmp_path / "clip.settings.json").read_text())["embedding"] == [f"{file}:<cat>"]
+    assert find_record(tmp_path / "clip").settings["embedding"] == [f"{file}:<cat>"]
 
 
 def test_a_token_that_no_prompt_contains_is_warned_about(base, file, tmp_path):
@@ -75,7 +73,7 @@ def test_the_command_takes_several(files, file, tmp_path):
     flags = [word for name, value in files.flags().items() for word in (f"--{name}", value)]
     flags += ["--num_frames", "1", "--height", "32", "--width", "32", "--steps", "1", "--embedding", str(file)]
     main([*flags, f"{file}:<b>", "--prompt", "cat and <b>", "--out", str(tmp_path / "clip.png")])
-    assert json.loads((tmp_path / "clip.png.settings.json").read_text())["embedding"] == [str(file), f"{file}:<b>"]
+    assert find_record(tmp_path / "clip.png").settings["embedding"] == [str(file), f"{file}:<b>"]
 
 
 def test_a_runs_clip_takes_them_too(file, tmp_path):
@@ -87,12 +85,12 @@ def test_a_runs_clip_takes_them_too(file, tmp_path):
         clip_files(settings)
 
 
-def test_a_run_makes_its_clip_again_when_an_embedding_is_newer(base, file, tmp_path):
+def test_a_run_makes_its_clip_again_when_an_embedding_is_another(base, file, tmp_path):
     settings = GenerateSettings(
         prompt=["a cat"], out=str(tmp_path / "c.png"), embedding=[str(file)], num_frames=1, steps=1
     )
-    clips = generate_files(settings, base)
-    saved = GenerateSettings(**json.loads((tmp_path / "c.png.settings.json").read_text()))
-    assert up_to_date(saved, clips)
-    os.utime(file, (clips[0].stat().st_mtime + 5,) * 2)
-    assert not up_to_date(saved, clips)
+    generate_files(settings, base)
+    settings = with_source(settings, base)
+    assert up_to_date(settings)
+    save_file({"emb_params": torch.randn(3, WIDTH)}, file)
+    assert not up_to_date(settings)

@@ -52,6 +52,7 @@ from weights import (
     with_source,
     write_json,
 )
+from weights.folders import check_folder, locked
 
 TRAIN: dict[str, Callable[..., Path]] = {"appearance": train_appearance, "motion": train_motion, "ttt": train_ttt}
 COLUMNS = 8  # frames of a clip in contact sheets
@@ -89,6 +90,7 @@ def ablate(settings: GridSettings, base: Base | None = None) -> Path:
     Raises:
         UserError: bad settings or files, or a stage that failed; what was done before is kept.
     """
+    check_folder(settings.out)
     check_plots()  # that nothing is missing is said before hours of work, not after
     base = base or open_base(settings)
     settings = with_source(settings, base)
@@ -98,15 +100,16 @@ def ablate(settings: GridSettings, base: Base | None = None) -> Path:
     if scorers.tracker is not None:
         for cell in {(cell.reference, *cell.frames.values()): cell for cell in work}.values():
             reference_tracks(scorers, inputs(cell, base)[1])
-    results = []
-    for cell in tqdm(work, desc="cells", position=0):
-        for stage, its in cell.stages.items():
-            TRAIN[stage](its, base)
-        if not up_to_date(cell.clips):
-            generate_files(cell.clips, base)
-        results.append(scored(cell, base, scorers, known))
-    write_tables(settings, results, described(scorers))
-    return write_report(settings, results, described(scorers), sheets(settings, work, base))
+    with locked(settings.out):
+        results = []
+        for cell in tqdm(work, desc="cells", position=0):
+            for stage, its in cell.stages.items():
+                TRAIN[stage](its, base)
+            if not up_to_date(cell.clips):
+                generate_files(cell.clips, base)
+            results.append(scored(cell, base, scorers, known))
+        write_tables(settings, results, described(scorers))
+        return write_report(settings, results, described(scorers), sheets(settings, work, base))
 
 
 def files_of(cell: Cell) -> list[Path]:

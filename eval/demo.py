@@ -30,6 +30,7 @@ from train.run import up_to_date
 from train.settings import TrainSettings
 from train.ttt import train_ttt
 from weights import Base, atomic_write, open_base, parse_settings, read_json, run_command
+from weights.folders import locked
 
 PAGE, SHEET = "index.html", "contact-sheet.png"
 KINDS = {
@@ -64,7 +65,12 @@ def demo(settings: DemoSettings) -> Path:
         UserError: bad settings or files, or an --out that is something else than this demo; said before any work.
     """
     plan = make_plan(settings)
-    record = Record(settings)
+    with locked(settings.out):
+        return made(settings, plan, Record(settings))
+
+
+def made(settings: DemoSettings, plan: Plan, record: Record) -> Path:
+    """What is left to make of a demo: the page, and all before it."""
 
     @cache
     def base() -> Base:

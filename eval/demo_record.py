@@ -10,6 +10,7 @@ from typing import Any
 from eval.demo_plan import DemoSettings
 from model import Recipe, UserError
 from weights import read_json, settings_from, write_json
+from weights.folders import UNFINISHED
 
 RECORD = "demo.json"
 # A demo may be run again with other values of these: they change no result, or the steps themselves look at them.
@@ -42,7 +43,7 @@ class Record:
         if self.path.is_file():
             self._take_up(read_json(self.path))
         else:
-            names = {path.name for path in self.path.parent.glob("*") if not path.name.startswith(".writing-")}
+            names = {path.name for path in self.path.parent.glob("*") if not path.name.startswith(UNFINISHED)}
             if names:
                 raise UserError(f"{settings.out} is no demo's folder and holds {min(names)}: give --out a new name")
 

@@ -26,6 +26,7 @@ from model import UNet3D, UserError
 from sampling import contact_sheet, decode, derived_seed, encode, sample_latents, write_media
 from train.world import SIZE
 from weights import Base, BaseSettings, open_base, parse_settings, read_json, run_command, sha256, write_json
+from weights.folders import check_folder, locked
 
 KINDS = ("subject", "motion")
 # By which of the judge's answers p* is recognised in clips of the rendered world.
@@ -227,6 +228,7 @@ def measure_influence(settings: InfluenceSettings, base: Base | None = None) -> 
     """
     if not settings.kinds or len(set(settings.kinds)) < len(settings.kinds):
         raise UserError("kinds: subject, motion, or both of them")
+    check_folder(settings.out)
     base = base or open_base(settings)
     rendered = base.recipe.height == base.recipe.width == SIZE and settings.clip is None
     if not rendered and settings.clip is None:
@@ -237,11 +239,12 @@ def measure_influence(settings: InfluenceSettings, base: Base | None = None) -> 
     check_plots()  # said before an hour of sampling, not after
     clip = load_clip(settings.clip, str(base.unet.device))
     judge = load_judge(settings.judge) if rendered else None
-    measurements = [Measurement(settings, kind, base, clip, judge) for kind in settings.kinds]
-    found: dict[str, Recommendation] = {its.kind: influence(its) for its in measurements}
-    results = [Result(its.kind, its.record, its.pairs, found[its.kind]) for its in measurements]
-    print(influence_table(results))
-    return write_report(Path(settings.out), results)
+    with locked(settings.out):
+        measurements = [Measurement(settings, kind, base, clip, judge) for kind in settings.kinds]
+        found: dict[str, Recommendation] = {its.kind: influence(its) for its in measurements}
+        results = [Result(its.kind, its.record, its.pairs, found[its.kind]) for its in measurements]
+        print(influence_table(results))
+        return write_report(Path(settings.out), results)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -29,6 +29,7 @@ from train.world import (
     render,
 )
 from weights import Base, atomic_write, load_base, parse_settings, read_json, run_command, write_json
+from weights.folders import locked
 
 __all__ = ["ClipReading", "Judge", "JudgeSettings", "load_judge", "read_clip", "train_judge"]
 
@@ -71,6 +72,17 @@ def train_judge(settings: JudgeSettings) -> Judge:
     if settings.steps < 1 or settings.batch_size < 16 or settings.clips < 1 or settings.motion_steps < 1:
         raise UserError("steps, clips and motion_steps must be at least 1, and batch_size at least 16")
     work = begin(settings)
+    with locked(work):
+        judge = trained(settings, work)
+        state = {name: t.half() if t.is_floating_point() else t for name, t in judge.state_dict().items()}
+        with atomic_write(settings.out) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary)
+        shutil.rmtree(work)
+    return load_judge(settings.out)
+
+
+def trained(settings: JudgeSettings, work: Path) -> Judge:
+    """A judge after both parts of its training, which go on from the states in `work`."""
     torch.manual_seed(settings.seed)
     judge = Judge().to(memory_format=torch.channels_last)
     vae = None if settings.base is None else load_base(settings.base, device="cpu").vae.eval()
@@ -125,11 +137,7 @@ def train_judge(settings: JudgeSettings) -> Judge:
         weight_decay=0.02,
         seed=settings.seed,
     )
-    state = {name: t.half() if t.is_floating_point() else t for name, t in judge.state_dict().items()}
-    with atomic_write(settings.out) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary)
-    shutil.rmtree(work)
-    return load_judge(settings.out)
+    return judge
 
 
 def begin(settings: JudgeSettings) -> Path:

@@ -4,8 +4,6 @@ import json
 import math
 import os
 import re
-import secrets
-import shutil
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch import Tensor
 from model.errors import UserError
 from sampling.media import CONVERSION
 from weights.files import atomic_write
+from weights.folders import check_folder, replacing
 
 BT709 = 1  # FFmpeg's number for matrix, primaries and transfer curve alike
 FRAME_FILE = re.compile(r"\d{4,}\.png")
@@ -66,9 +65,7 @@ def check_writable(path: str | Path) -> str:
     suffix = Path(path).suffix.lower()
     if not Path(path).name or Path(path).name == "..":
         raise UserError(f"{str(path)!r} is no name for a file or a folder of frames.")
-    home = next(parent for parent in Path(path).absolute().parents if parent.exists())
-    if not home.is_dir() or not os.access(home, os.W_OK):
-        raise UserError(f"{path} cannot be written: {home} is {'read-only' if home.is_dir() else 'no folder'}.")
+    check_folder(Path(path).parent, path)
     if str(path).endswith(("/", os.sep)) or not suffix:
         return "folder"
     if Path(path).is_dir():
@@ -185,18 +182,10 @@ def _write_folder(path: Path, pixels: np.ndarray) -> None:
     """Write a folder beside the old one and put it in its place, so that frames of two clips never mix."""
     if path.exists() and not (path.is_dir() and all(FRAME_FILE.fullmatch(file.name) for file in path.iterdir())):
         raise UserError(f"{path} exists and is not a folder of numbered frames alone: give another name.")
-    temporary = path.with_name(f".writing-{secrets.token_hex(6)}")
-    try:
-        temporary.mkdir(parents=True)
+    with replacing([path]) as fresh:
+        fresh[path].mkdir()
         for i, picture in enumerate(pixels):
-            (temporary / f"{i:04d}.png").write_bytes(_png(picture))
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
-    except OSError as error:
-        raise UserError(f"{path} could not be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            (fresh[path] / f"{i:04d}.png").write_bytes(_png(picture))
 
 
 def _png(picture: np.ndarray) -> bytes:

@@ -1,30 +1,20 @@
 """A run's folder: `settings.json`, `inputs.json`, `log.csv`, `previews/`, `state.pt` while it lasts, the LoRA."""
 
-import copy
-import csv
 import dataclasses
-import hashlib
 import json
-import os
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from model import UserError
-from weights import Base, atomic_write, read_json, save_lora, save_settings, sha256, write_json
-from weights.files import container_of
+from train.states import add_row, cut_log, restore_state, save_state, states
+from weights import Base, read_json, save_lora, save_settings, sha256, write_json
+from weights.folders import UNFINISHED, check_folder, remove_leftovers
 from weights.lora import FILE_NAME
-from weights.unpickle import load_torch
-
-try:
-    import fcntl
-except ImportError:
-    fcntl = None  # type: ignore[assignment]
 
 # Settings that change nothing about the result, and those whose files are told by their contents.
 FREE = {"out", "device", "save_every", "preview_every", "preview_prompt", "gradient_checkpointing"} | {
@@ -40,7 +30,6 @@ class RunFolder:
         self.path = Path(path)
         self.lora = self.path / FILE_NAME
         self.state = self.path / "state.pt"
-        self.before = self.path / "state.before.pt"  # the state that was saved before that one
         self.log_file = self.path / "log.csv"
         self.left_out: list[str] = []
 
@@ -57,35 +46,8 @@ class RunFolder:
         self.left_out = [key for key, value in dataclasses.asdict(settings).items() if value is None]
         self._check(settings, {name: sha256(path) for name, path in inputs.items()})
         if self.lora.is_file():
-            self._clean(self.state, self.before)
+            self._clean()
         return self.lora.is_file()
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Within the block the folder is this process's alone; the lock goes with the process, however that ends.
-
-        Raises:
-            UserError: another process has it.
-        """
-        if fcntl is None:  # Windows, where a folder cannot be locked
-            yield
-            return
-        self.path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(handle)
-            raise UserError(
-                f"another process is at work in {self.path}: wait for it, stop it, or give --out a new name"
-            ) from error
-        except OSError as error:  # some network file systems have no locks
-            warnings.warn(f"{self.path} could not be locked ({error}): start no second run in it", stacklevel=3)
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                os.close(handle)
 
     def begin(self, settings: Any, inputs: Mapping[str, Path], base: Base) -> None:
         """Write down the settings, all filled in, and what tells inputs and base from others.
@@ -95,7 +57,6 @@ class RunFolder:
         """
         present = {name: sha256(path) for name, path in inputs.items()} | base.fingerprints
         self._check(settings, present)
-        self._clean()
         if not self._is_run():
             write_json(self.path / "inputs.json", {"left to the base": self.left_out, "contents": present})
             save_settings(self.path / "settings.json", settings)
@@ -108,48 +69,17 @@ class RunFolder:
         Raises:
             UserError: states are there, and all of them are damaged.
         """
-        broken = []
-        for file in (self.state, self.before):
-            if not file.is_file():
-                continue
-            try:
-                done = self._take_up(file, parameters, optimizer, scaler)
-            except UserError as error:
-                broken.append(str(error))
-                continue
-            if broken:
-                warnings.warn(f"{broken[0]}: going on from the state before it, of step {done}", stacklevel=2)
-            self._cut_log(done)
-            return done
-        if broken:
-            raise UserError(f"{broken[0]}: delete {' and '.join(self._states())}, and the run starts anew")
-        self._cut_log(0)
-        return 0
 
-    def _take_up(
-        self,
-        file: Path,
-        parameters: list[nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
-    ) -> int:
-        """Raises UserError for a damaged file; nothing is changed then."""
-        try:
-            state = copy.deepcopy(load_torch(file, container_of(file), "cpu"))  # off the mapped file
-            if state["checksum"] != checksum(state):
-                raise ValueError("its contents are not those that were saved")
+        def take_up(state: dict[str, Any]) -> None:
             saved = [tensor.reshape(p.shape) for p, tensor in zip(parameters, state["parameters"], strict=True)]
-            done = int(state["done"])
             optimizer.load_state_dict(state["optimizer"])
             scaler.load_state_dict(state["scaler"])
-        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, UserError) as error:
-            raise UserError(f"{file} is damaged ({error})") from error
-        for parameter, tensor in zip(parameters, saved, strict=True):
-            parameter.data.copy_(tensor)
-        return done
+            for parameter, tensor in zip(parameters, saved, strict=True):
+                parameter.data.copy_(tensor)
 
-    def _states(self) -> list[str]:
-        return [str(file) for file in (self.state, self.before) if file.is_file()]
+        done = restore_state(self.state, take_up)
+        cut_log(self.log_file, done - 1)
+        return done
 
     def save(
         self,
@@ -159,35 +89,24 @@ class RunFolder:
         scaler: torch.amp.GradScaler,
     ) -> None:
         """Write the state after `done` steps, atomically; the one before it is kept until the next."""
-        state: dict[str, Any] = {
+        state = {
             "done": done,
             "parameters": [parameter.detach().cpu() for parameter in parameters],
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
         }
-        state["checksum"] = checksum(state)
-        with atomic_write(self.state) as temporary:
-            torch.save(state, temporary)
-            if self.state.is_file():
-                os.replace(self.state, self.before)
+        save_state(self.state, state)
 
     def log(self, step: int, losses: Mapping[str, float], seconds: float) -> None:
         """Add a row to `log.csv`: step, losses, seconds."""
-        fields = {"step": step, **{name: f"{value:.6g}" for name, value in losses.items()}, "seconds": f"{seconds:.3f}"}
-        new = not self.log_file.is_file() or not self.log_file.stat().st_size
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with open(self.log_file, "a", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, list(fields), lineterminator="\n")
-                if new:
-                    writer.writeheader()
-                writer.writerow(fields)
-        except OSError as error:
-            raise UserError(f"{self.log_file} could not be written: {error}") from error
+        values = {name: f"{value:.6g}" for name, value in losses.items()}
+        add_row(self.log_file, step, {**values, "seconds": f"{seconds:.3f}"})
 
     def lost(self, what: str) -> str:
         """The message for a run that cannot go on: what happened, what is kept, and what helps."""
-        kept = f"The last good state is kept in {self._states()[0]}" if self._states() else "No state was saved yet"
+        kept = (
+            f"The last good state is kept in {there[0]}" if (there := states(self.state)) else "No state was saved yet"
+        )
         return (
             f"{what[0].upper()}{what[1:]}: the run stopped. {kept}. A lower --learning_rate or --dtype float32 in a "
             "new --out may help; if the first step fails, the base's weights or the training data are damaged"
@@ -197,13 +116,15 @@ class RunFolder:
         """Write the LoRA (see `save_lora` for `words`) and remove the state."""
         record = dataclasses.asdict(settings)
         save_lora(self.lora, base.unet, words, base=base.name, fingerprints=base.fingerprints, settings=record)
-        self._clean(self.state, self.before)
+        self._clean()
 
     def _check(self, settings: Any, present: Mapping[str, str]) -> None:
         if self.path.is_file():
             raise UserError(f"{self.path} is a file: give --out the name of a new folder")
+        if not self.lora.is_file():
+            check_folder(self.path)
         if not self._is_run():
-            names = {path.name for path in self.path.glob("*") if not path.name.startswith(".writing-")}
+            names = {path.name for path in self.path.glob("*") if not path.name.startswith(UNFINISHED)}
             strangers = names - {"inputs.json"}
             if strangers:
                 raise UserError(f"{self.path} is no run folder and holds {min(strangers)}: give --out a new name")
@@ -227,38 +148,9 @@ class RunFolder:
     def _is_run(self) -> bool:
         return (self.path / "settings.json").is_file()
 
-    def _clean(self, *files: Path) -> None:
-        """Remove what a killed run left half written, and `files`."""
-        for path in (*self.path.glob(".writing-*"), *files):
-            path.unlink(missing_ok=True)
-
-    def _cut_log(self, done: int) -> None:
-        """Keep the rows of the first `done` steps: what a killed run logged beyond its state happens again."""
-        if self.log_file.is_file() and self.log_file.stat().st_size:
-            head, *rows = self.log_file.read_text(encoding="utf-8").splitlines()
-            kept = [row for row in rows if row.count(",") == head.count(",") and int(row.partition(",")[0]) < done]
-            with atomic_write(self.log_file) as temporary:
-                temporary.write_text("\n".join([head, *kept]) + "\n", encoding="utf-8")
-
-
-def checksum(state: Mapping[str, Any]) -> str:
-    """SHA-256 of everything in a state but the checksum itself: numbers, names and every tensor's bytes."""
-    digest = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if isinstance(value, Tensor):
-            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        elif isinstance(value, Mapping):
-            for key in value:
-                digest.update(repr(key).encode())
-                add(value[key])
-        elif isinstance(value, list | tuple):
-            digest.update(f"{len(value)}".encode())
-            for item in value:
-                add(item)
-        else:
-            digest.update(repr(value).encode())
-
-    add({key: value for key, value in state.items() if key != "checksum"})
-    return digest.hexdigest()
+    def _clean(self) -> None:
+        """Remove the states, and what a killed run left half written."""
+        for file in states(self.state):
+            with suppress(OSError):  # of a folder that was made read-only since
+                file.unlink()
+        remove_leftovers(self.path)

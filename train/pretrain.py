@@ -1,11 +1,10 @@
 """The loop that trains the tiny base's networks from nothing: AdamW, a cosine, a state to go on from."""
 
-import copy
-import csv
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +13,8 @@ from tqdm import tqdm
 from model import UserError
 from sampling import derived_seed
 from train.loop import stop_requests
-from weights import atomic_write, write_json
-from weights.files import container_of
-from weights.unpickle import load_torch
+from train.states import add_row, cut_log, restore_state, save_state, state_before
+from weights import write_json
 
 DONE = "done.json"  # steps, seconds and device of a stage that is done
 WARMUP = 100  # steps
@@ -60,17 +58,24 @@ def pretrain(
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     state = folder / "state.pt"
-    done, seconds = _restore(state, network, optimizer)
-    _cut_log(folder / "log.csv", done)
+    seconds = 0.0
+
+    def take_up(saved: dict[str, Any]) -> None:
+        nonlocal seconds
+        network.load_state_dict(saved["network"])
+        optimizer.load_state_dict(saved["optimizer"])
+        seconds = float(saved["seconds"])
+
+    done = restore_state(state, take_up)
+    cut_log(folder / "log.csv", done)
     if done < steps:
         (folder / DONE).unlink(missing_ok=True)  # of a stage whose state was deleted since
     started = saved = time.monotonic()
 
     def save() -> None:
-        with atomic_write(state) as temporary:
-            so_far = seconds + time.monotonic() - started
-            moved = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save({"done": done, "seconds": so_far, **moved}, temporary)
+        so_far = seconds + time.monotonic() - started
+        moved = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+        save_state(state, {"done": done, "seconds": so_far, **moved})
 
     network.train()
     with stop_requests() as stop:
@@ -91,7 +96,7 @@ def pretrain(
             optimizer.zero_grad()
             done = step + 1
             if done % LOG_EVERY == 0:
-                _log(folder / "log.csv", done, losses)
+                add_row(folder / "log.csv", done, {name: f"{value.item():.6g}" for name, value in losses.items()})
                 bar.set_postfix({name: f"{value.item():.4f}" for name, value in losses.items()})
             if stop.is_set() or time.monotonic() - saved > SAVE_SECONDS:
                 save()
@@ -102,41 +107,8 @@ def pretrain(
         save()
         took = seconds + time.monotonic() - started
         write_json(folder / DONE, {"steps": done, "seconds": round(took), "device": device_name(parameters[0])})
+    state_before(state).unlink(missing_ok=True)
     network.eval().requires_grad_(False)
-
-
-def _restore(state: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-    """Take up the state, if there is one, and return how many steps and seconds it has behind it."""
-    if not state.is_file():
-        return 0, 0.0
-    try:
-        saved = copy.deepcopy(load_torch(state, container_of(state), "cpu"))  # off the mapped file
-        network.load_state_dict(saved["network"])
-        optimizer.load_state_dict(saved["optimizer"])
-        return int(saved["done"]), float(saved["seconds"])
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"{state} is damaged ({error}): delete it, and the stage starts anew") from error
-
-
-def _log(path: Path, step: int, losses: dict[str, Tensor]) -> None:
-    new = not path.is_file()
-    with open(path, "a", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow(["step", *losses])
-        writer.writerow([step, *(f"{value.item():.6g}" for value in losses.values())])
-
-
-def _cut_log(path: Path, done: int) -> None:
-    """Drop the rows that a killed run wrote beyond its state: those steps happen again."""
-    if path.is_file():
-        head, *rows = path.read_text(encoding="utf-8").splitlines() or [""]
-        kept = [row for row in rows if row.count(",") == head.count(",") and int(row.partition(",")[0]) <= done]
-        if not kept:
-            path.unlink()
-        elif len(kept) < len(rows):
-            with atomic_write(path) as temporary:
-                temporary.write_text("\n".join([head, *kept]) + "\n", encoding="utf-8")
 
 
 def device_name(parameter: Tensor) -> str:

@@ -16,6 +16,7 @@ from train.motion import MotionSettings, read_frames, train_motion
 from train.settings import TrainSettings
 from train.ttt import TTTSettings, train_ttt
 from weights import Base, BaseSettings, find_record, open_base, parse_settings, run_command, settings_from
+from weights.folders import locked
 from weights.lora import FILE_NAME, split_strength
 
 Settings = TypeVar("Settings", bound=BaseSettings)
@@ -85,14 +86,15 @@ def run(settings: RunSettings) -> list[Path]:
         (train_motion, moves),
         (train_ttt, both),
     ]
-    for train, its in stages:
-        done = (Path(its.out) / FILE_NAME).is_file()
-        lora = train(its, base_for(not done))
-        print(f"{lora}{' (was done)' if done else ''}")
-    if not up_to_date(clip):
-        generate_files(clip, base_for(True))
-    else:
-        print("\n".join(f"{clip} (was done)" for clip in clips))
+    with locked(out):
+        for train, its in stages:
+            done = (Path(its.out) / FILE_NAME).is_file()
+            lora = train(its, base_for(not done))
+            print(f"{lora}{' (was done)' if done else ''}")
+        if not up_to_date(clip):
+            generate_files(clip, base_for(True))
+        else:
+            print("\n".join(f"{clip} (was done)" for clip in clips))
     return clips
 
 

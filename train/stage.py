@@ -17,6 +17,7 @@ from train.loop import Losses, train
 from train.losses import skewed_timesteps
 from train.settings import TrainSettings
 from weights import Base, placed, write_json
+from weights.folders import locked
 
 
 @torch.no_grad()
@@ -127,7 +128,7 @@ def run_stage(
         UserError: an --out of another run, or one that another process is at work in, or a loss that is not finite.
     """
     loop = settings.loop()
-    with folder.locked():
+    with locked(folder.path):
         folder.begin(settings, inputs, base)
         base.unet.gradient_checkpointing(settings.gradient_checkpointing)
         with set_aside(base):

@@ -59,6 +59,7 @@ from train.vocabulary import write_tokenizer
 from train.world import SHAPES, random_scenes, render
 from weights import parse_settings, run_command, write_json
 from weights.device import choose_device
+from weights.folders import locked
 from weights.save import save_base
 
 INSIDE = 6.0  # a pixel inside the subject counts so much more than one of the background
@@ -114,8 +115,8 @@ def train_tiny(settings: TinySettings) -> Path:
     for name, stage in stages.items():
         if settings.stage in ("all", name):
             _check_order(out, name)
-            (out / name).mkdir(exist_ok=True)
-            stage(out, settings)
+            with locked(out / name):
+                stage(out, settings)
     if settings.stage not in ("all", "video"):
         return out / settings.stage
     unet, clip = load_trained(out / "video", UNet3D(TINY)), trained_clip(out)

@@ -14,6 +14,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from model import AutoencoderKL, LatentDistribution, Recipe, TextConfig, TextEncoder, UserError, VAEConfig
 from train.pretrain import DONE
+from train.states import read_state
 from train.vocabulary import SPARE_WORDS, words
 from train.world import (
     COLOURS,
@@ -29,9 +30,9 @@ from train.world import (
     render,
 )
 from weights import atomic_write, load_base, read_json, write_json
-from weights.files import container_of
+from weights.files import torch_bytes
+from weights.folders import UNFINISHED, check_folder
 from weights.load import TINY
-from weights.unpickle import load_torch
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -96,10 +97,11 @@ def clip_config(vocab_size: int) -> CLIPConfig:
 def keep_settings(out: Path, record: dict[str, Any]) -> None:
     """Write down what the run in `out` was begun with; UserError if it was begun with something else."""
     file = out / SETTINGS
+    check_folder(out)
     if (
         out.exists()
         and not file.is_file()
-        and any(path for path in out.iterdir() if not path.name.startswith(".writing-"))
+        and any(path for path in out.iterdir() if not path.name.startswith(UNFINISHED))
     ):
         raise UserError(f"{out} is no folder of this recipe and is not empty: give --out a new name")
     before = read_json(file) if file.is_file() else record
@@ -237,8 +239,8 @@ def load_trained(folder: Path, network: Network) -> Network:
     if not ((folder / DONE).is_file() and state.is_file()):
         raise UserError(f"stage {folder.name} is not done yet: run it before those that build on it")
     try:
-        network.load_state_dict(load_torch(state, container_of(state), "cpu")["network"])
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        network.load_state_dict(read_state(state)["network"])
+    except (KeyError, TypeError, RuntimeError, UserError) as error:
         raise UserError(f"{state} is damaged ({error}): delete it, and the stage starts anew") from error
     return network.eval().requires_grad_(False)
 
@@ -279,7 +281,8 @@ def encoded(out: Path, stage: str, scenes: Scenes, device: torch.device) -> Late
         for part in tqdm(torch.arange(len(scenes)).split(64), desc=f"{stage}: encoding", mininterval=5):
             latents = vae.encode_latents(render(scenes[part])[0].to(device), chunk=64)
             parts.append(torch.stack([latents.mean, latents.std]).half().cpu())
+        contents = torch_bytes(torch.cat(parts, dim=1))
         with atomic_write(file) as temporary:
-            torch.save(torch.cat(parts, dim=1), temporary)
+            temporary.write_bytes(contents)
     mean, std = torch.load(file, weights_only=True)
     return LatentDistribution(mean, std)

@@ -1,20 +1,22 @@
 """Files in and out: atomic writes, and reads that trust nothing a file says about itself."""
 
 import hashlib
+import io
 import json
 import math
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.errors import UserError
+from weights.folders import workplace
 from weights.unpickle import StandIn, load_torch
 
 # Bytes per element of each dtype a safetensors header may name.
@@ -63,28 +65,33 @@ class Header:
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path in `path`'s folder to write to; it becomes `path` only when the block ends well.
+    """Give a temporary path of the same name to write to; it becomes `path` only when the block ends well.
 
-    The temporary name keeps the suffix, for writers that look at it. On any failure, Ctrl-C included, it is removed
-    and whatever was at `path` before is untouched. Missing parent folders are created. Raises UserError where the
-    system refuses (no permission, disk full).
+    On any failure, Ctrl-C included, it is removed and whatever was at `path` before is untouched; what a killed process
+    leaves, the next write into that folder removes. The file may be read by whom new files may be read by. Missing
+    parent folders are created. Raises UserError where the system refuses (no permission, disk full).
     """
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder, and a file of that name was to be written there.")
-    temporary = path.with_name(f".writing-{secrets.token_hex(6)}{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _flush_to_disk(temporary)
-        os.replace(temporary, path)
-        with suppress(OSError):  # the rename should survive a power cut too, but not every file system can promise it
-            _flush_to_disk(path.parent)
+        with workplace(path.parent) as place:
+            temporary = place / path.name
+            yield temporary
+            temporary.chmod(place.stat().st_mode & 0o666)  # safetensors makes files that their owner alone can read
+            _flush_to_disk(temporary)
+            os.replace(temporary, path)
+            with suppress(OSError):  # the rename should survive a power cut too; not every file system can promise it
+                _flush_to_disk(path.parent)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} could not be written: {error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+
+
+def torch_bytes(value: Any) -> memoryview:
+    """What `torch.save` writes; of a full disk it would itself say no more than that positions are not as expected."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getbuffer()
 
 
 def write_json(path: str | Path, value: Any) -> None:

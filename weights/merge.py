@@ -15,10 +15,11 @@ from lora import LoRALayer, adapter_names, remove_adapter
 from model import Recipe, UNetConfig, UserError
 from weights.command import run_command
 from weights.files import read_json, sha256, write_json
+from weights.folders import replacing
 from weights.load import Base, load_base, tokenizer_on_hub
 from weights.lora import load_lora, lora_path, split_strength
 from weights.open import DTYPES, BaseSettings
-from weights.save import replacing, save_base
+from weights.save import save_base
 from weights.save_ldm import save_ldm
 from weights.settings import parse_settings
 

@@ -2,8 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from weights.configs import (
     vae_config,
 )
 from weights.files import atomic_write, write_json
+from weights.folders import replacing
 from weights.keymaps import MOTION_ADAPTER, TEXT, UNET_DIFFUSERS, VAE_DIFFUSERS
 from weights.load import MOTION
 from weights.parts import Part
@@ -251,40 +251,3 @@ def _write_network(folder: Path, config: Mapping[str, Any], tensors: dict[str, T
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / f"{stem}.safetensors.index.json", index)
-
-
-@contextmanager
-def replacing(folders: Sequence[Path]) -> Iterator[dict[Path, Path]]:
-    """Give a fresh sibling of each folder to write to; when the block ends well, they take the folders' places.
-
-    Where the block fails, the siblings are removed and the folders are as they were. A former folder is moved aside,
-    and removed only once the new one is there.
-
-    Raises:
-        UserError: a system that refuses.
-    """
-    fresh = {folder: folder.with_name(f".writing-{folder.name}") for folder in folders}
-    try:
-        for sibling in fresh.values():
-            _remove(sibling)  # of a run that was killed
-        yield fresh
-        for folder, sibling in fresh.items():
-            former = folder.with_name(f".former-{folder.name}")
-            if folder.exists():
-                _remove(former)
-                folder.rename(former)
-            sibling.rename(folder)
-            _remove(former)
-    except OSError as error:
-        raise UserError(f"{error.filename} could not be replaced: {error.strerror}") from error
-    finally:
-        for sibling in fresh.values():
-            shutil.rmtree(sibling, ignore_errors=True)
-
-
-def _remove(folder: Path) -> None:
-    """Delete a folder, or a link to one, if it is there."""
-    if folder.is_symlink():
-        folder.unlink()
-    elif folder.exists():
-        shutil.rmtree(folder)

@@ -5,15 +5,18 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from small_runs import motion
 
+import weights.files
 from model import UserError
-from train.folder import RunFolder, checksum
+from train.folder import RunFolder
 from train.motion import train_motion
+from train.states import checksum
 
 STEPS = 8
 
@@ -98,20 +101,17 @@ def test_a_kill_between_the_two_renames_leaves_the_state_before(base, material, 
 @pytest.mark.parametrize("moment", ["writing", "flushing"])
 def test_a_full_disk_ends_the_run_with_the_last_good_state(base, material, tmp_path, monkeypatch, whole, moment):
     out, saved = tmp_path / "run", []
-    full = OSError(errno.ENOSPC, "No space left on device")
-    name = {"writing": "torch.save", "flushing": "weights.files._flush_to_disk"}[moment]
-    real = {"writing": torch.save, "flushing": __import__("weights.files").files._flush_to_disk}[moment]
+    patched, name = {"writing": (Path, "write_bytes"), "flushing": (weights.files, "_flush_to_disk")}[moment]
+    real = getattr(patched, name)
 
-    def write(*args):
-        target = str(args[-1])
-        saved.append(target)
-        states = [its for its in saved if its.endswith(".pt")]
-        if target.endswith(".pt") and len(states) == 2:
-            raise full
-        return real(*args)
+    def write(path, *contents):
+        saved.append(path)
+        if path.suffix == ".pt" and len([each for each in saved if each.suffix == ".pt"]) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, *contents)
 
     with monkeypatch.context() as patch:
-        patch.setattr(name, write)
+        patch.setattr(patched, name, write)
         with pytest.raises(UserError, match="No space left"):
             train_motion(settings(material, out), base)
     assert not list(out.glob(".writing-*"))
@@ -123,8 +123,8 @@ def test_a_full_disk_ends_the_run_with_the_last_good_state(base, material, tmp_p
 
 HOLD = """
 import sys, time
-from train.folder import RunFolder
-with RunFolder(sys.argv[1]).locked():
+from weights.folders import locked
+with locked(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
 """

@@ -68,7 +68,7 @@ def train(
     optimizer = Lion(parameters, lr=settings.learning_rate, betas=BETAS, weight_decay=settings.weight_decay)
     # Gradients of half-precision activations underflow in float16 alone; elsewhere the scaler does nothing.
     scaler = torch.amp.GradScaler(unet.device.type, enabled=unet.dtype == torch.float16)
-    done = folder.restore(parameters, optimizer, scaler)
+    done = start = folder.restore(parameters, optimizer, scaler)
 
     def backward(step: int) -> dict[str, float]:
         """Leave the step's gradients in the parameters, and return its losses."""
@@ -89,8 +89,12 @@ def train(
     def move(step: int) -> dict[str, float]:
         """Take the step; where gradients overflow float16, again with smaller ones, until it moves something."""
         while True:
-            values, scale = backward(step), scaler.get_scale()
-            if step and step % settings.save_every == 0:
+            scale = scaler.get_scale()
+            try:
+                values = backward(step)
+            except UserError as error:
+                raise UserError(folder.lost(f"step {step}: {error}")) from error
+            if step > start and step % settings.save_every == 0:
                 folder.save(step, parameters, optimizer, scaler)  # only now are the steps before known to be good
             scaler.step(optimizer)
             scaler.update()
@@ -98,17 +102,14 @@ def train(
             if scaler.get_scale() >= scale:
                 return values
             if scaler.get_scale() < 1:
-                raise UserError("the gradient is not finite")
+                raise UserError(folder.lost(f"step {step}: the gradient is not finite"))
 
     cuda = [unet.device] if unet.device.type == "cuda" else []
     with training(unet), adapters(unet, dict.fromkeys(names, 1.0)), fork_rng(cuda), stop_requests() as stop:
         bar = tqdm(range(done, settings.steps), desc=folder.path.name, initial=done, total=settings.steps)
         for step in bar:
             started = time.perf_counter()
-            try:
-                values = move(step)
-            except UserError as error:
-                raise UserError(folder.lost(f"step {step}: {error}")) from error
+            values = move(step)
             done = step + 1
             folder.log(step, values, time.perf_counter() - started)
             bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})

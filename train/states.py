@@ -38,10 +38,15 @@ def save_state(file: Path, state: Mapping[str, Any]) -> None:
         UserError: the system refuses; what was there is there still.
     """
     contents = torch_bytes({**state, "checksum": checksum(state)})
-    with atomic_write(file) as temporary:
-        temporary.write_bytes(contents)
-        if file.is_file():
-            os.replace(file, state_before(file))
+    try:
+        with atomic_write(file) as temporary:
+            temporary.write_bytes(contents)
+            if file.is_file():
+                os.replace(file, state_before(file))
+    except UserError as error:
+        kept = states(file)
+        later = f"goes on from {kept[0]}" if kept else "starts anew"
+        raise UserError(f"{error}. Once that is mended, the same command {later}") from error
 
 
 def read_state(file: Path) -> dict[str, Any]:
@@ -117,6 +122,7 @@ def add_row(log: Path, step: int, values: Mapping[str, str]) -> None:
         UserError: the system refuses.
     """
     try:
+        log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "a", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             if not file.tell():

@@ -112,7 +112,9 @@ def replacing(folders: Sequence[Path]) -> Iterator[dict[Path, Path]]:
 
     def put_back() -> None:
         for folder, aside in former.items():
-            if aside.exists() and not folder.exists():
+            if folder.exists():
+                _remove(aside)
+            elif aside.exists():
                 aside.rename(folder)
 
     try:
@@ -122,11 +124,9 @@ def replacing(folders: Sequence[Path]) -> Iterator[dict[Path, Path]]:
             fresh = {folder: stack.enter_context(workplace(folder.parent)) / folder.name for folder in folders}
             yield fresh
             for folder, new in fresh.items():
-                _remove(former[folder])
                 if folder.exists():
                     folder.rename(former[folder])
                 new.rename(folder)
-                _remove(former[folder])
     except OSError as error:
         named = " and ".join(map(str, folders))
         raise UserError(f"{named} could not be written: {error}") from error

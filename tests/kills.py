@@ -5,12 +5,14 @@ import json
 import multiprocessing
 import os
 import random
+import threading
 import time
 from collections import Counter
 from contextlib import contextmanager
 
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from sampling.generate import GenerateSettings, generate_files
 from sampling.whole import read_whole
@@ -34,6 +36,7 @@ def work(flags, material, home, phase, writes):
     output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1), os.dup2(output, 2)
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system's, which no kill gives back
 
     @contextmanager
     def within(name):

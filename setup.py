@@ -38,6 +38,7 @@ setup(
             "diffusers>=0.42,<0.43",
             "peft>=0.17",
             "pillow>=10",
+            "hypothesis>=6.100",
             "accelerate",
             *EVAL,
         ],

@@ -10,7 +10,7 @@ import torch
 from eval.grid_settings import GridSettings
 from eval.measures import crossed_interval
 from eval.plots import bars
-from eval.report import Heading, Part, Picture, Table, markdown_table, text_table, write_page
+from eval.report import Heading, Part, Picture, Table, markdown_table, markdown_text, text_table, write_page
 from weights import atomic_write, write_json
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def write_tables(settings: GridSettings, results: Sequence["Result"], titles: Ma
     tables = all_tables(settings, results).values()
     for table in tables:
         print(f"\n{text_table(table)}")
-    notes = "\n".join(f"* {line}" for line in [*legend(results, titles), how(settings)])
+    notes = "\n".join(f"* {markdown_text(line)}" for line in [*legend(results, titles), how(settings)])
     with atomic_write(folder / "tables.md") as temporary:
         temporary.write_text("\n\n".join([*map(markdown_table, tables), notes]) + "\n", encoding="utf-8")
 

@@ -10,7 +10,7 @@ import torch
 from eval.measures import crossed_interval, mean
 from eval.plots import bars, strips
 from eval.recommend import Recommendation
-from eval.report import Heading, Part, Picture, Table, markdown_table, text_table, write_page
+from eval.report import Heading, Part, Picture, Table, markdown_table, markdown_text, text_table, write_page
 from weights import atomic_write
 
 # Supplement, Table 2: CLIP-T over 100 pairs with p* in layer 0 to 8, on SD 1.5 with AnimateDiff.
@@ -79,7 +79,9 @@ def write_report(folder: Path, results: Sequence[Result]) -> Path:
     """
     with atomic_write(folder / "tables.md") as temporary:
         tables = [markdown_table(results_table(result)) for result in results]
-        temporary.write_text("\n\n".join([*tables, *map(advice_line, results)]) + "\n", encoding="utf-8")
+        temporary.write_text(
+            "\n\n".join([*tables, *(markdown_text(advice_line(result)) for result in results)]) + "\n", encoding="utf-8"
+        )
     parts: list[Part] = []
     for result in results:
         scores, name = result.record["scores"], f"{result.kind}s"

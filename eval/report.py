@@ -1,13 +1,14 @@
 """A report in one HTML file: text, tables and pictures, all within it."""
 
 import base64
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 from eval.page import STYLE, table
-from weights import atomic_write
+from weights import atomic_write, printable
 
 WIDE = "img { width: auto; max-width: 100%; } table { margin: 1rem 0; } td, th { white-space: nowrap; }"
 
@@ -56,7 +57,7 @@ def write_page(file: Path, title: str, parts: Iterable[Part]) -> None:
 
 def text_table(its: Table) -> str:
     """The table for a terminal: columns as wide as their widest cell."""
-    lines = [its.head, *its.rows]
+    lines = [[printable(cell) for cell in line] for line in (its.head, *its.rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(its.head))]
     return "\n".join(
         "  ".join(
@@ -69,7 +70,12 @@ def text_table(its: Table) -> str:
 def markdown_table(its: Table) -> str:
     """The table in Markdown."""
     lines = [its.head, ["---"] * len(its.head), *its.rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(markdown_text, line)) + " |" for line in lines)
+
+
+def markdown_text(text: str) -> str:
+    """A text that Markdown shows as it is, on one line: no tag, no link, no end of a table's cell."""
+    return re.sub(r"([\\`\[\]|<>])", r"\\\1", printable(text).replace("&", "&amp;"))
 
 
 def _html(part: Part) -> str:

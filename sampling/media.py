@@ -23,6 +23,7 @@ from model.errors import UserError
 
 # swscale's BICUBIC, FULL_CHR_H_INT and ACCURATE_RND. Else it doubles chroma by repetition: 4 dB worse on 4:2:0 files.
 CONVERSION = 0x4 | 0x2000 | 0x40000
+LARGEST_FRAME = 51_000_000  # pixels: 50 megapixels fit, in 1 GB at any depth
 ANIMATIONS = ("gif", "apng")  # FFmpeg's names; those of still pictures end in _pipe
 HDR = {16: "PQ", 18: "HLG"}  # transfer curves by FFmpeg's number
 BESIDE_PICTURES = {".txt", ".md", ".json", ".jsonl", ".yaml", ".yml", ".csv", ".ini", ".db"}
@@ -52,7 +53,7 @@ def read_image(path: str | Path, height: int, width: int) -> Tensor:
     path = Path(path)
     with _opened(path, "picture") as (container, stream):
         if stream.codec_context.name == "mjpeg":  # else a truncated JPEG decodes to a half grey picture
-            stream.codec_context.options = {"err_detect": "explode"}
+            stream.codec_context.options = {**stream.codec_context.options, "err_detect": "explode"}
         frames = container.decode(stream)
         frame = next(frames, None)
         if frame is None:
@@ -195,17 +196,21 @@ def _opened(path: Path, kind: str) -> Iterator[tuple[Any, Any]]:
         with open(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)), "rb") as file:
             if not file.peek(1):
                 raise UserError(f"{path} is empty (0 bytes).")
-            with av.open(file, options={"protocol_whitelist": "none"}) as container:
+            with av.open(file, options={"protocol_whitelist": "none", "max_pixels": str(LARGEST_FRAME)}) as container:
                 stream = container.streams.best("video")
                 if stream is None:
                     raise UserError(f"{path} holds no pictures, only sound or text.")
                 if stream.codec_context is None:  # PyAV 17 would crash
                     raise UserError(f"{path} holds pictures of a format that FFmpeg cannot decode, or is damaged.")
+                codec = stream.codec_context
+                if (size := codec.width * codec.height) > LARGEST_FRAME:
+                    raise UserError(f"{path} has {size:,} pixels a frame, and up to {LARGEST_FRAME:,} are read.")
+                codec.options = {**codec.options, "max_pixels": str(LARGEST_FRAME)}  # a stream may change its size
                 yield container, stream
-    except av.FFmpegError as error:
+    except (av.FFmpegError, UnicodeDecodeError) as error:  # the second where a damaged file's notes are no text
         raise UserError(
             f"{path} cannot be read as a {kind}: it is damaged, cut short, or of a format that FFmpeg does not read "
-            f"({error.strerror or type(error).__name__})."
+            f"({getattr(error, 'strerror', None) or type(error).__name__})."
         ) from error
     except OSError as error:
         raise UserError(f"{path} cannot be opened: {error.strerror or error}.") from error
@@ -283,8 +288,13 @@ def _upright(frame: Any, turn: tuple[bool, bool, bool], aspect: float, height: i
     top, left = (rows - cut[0]) // 2, (columns - cut[1]) // 2
     pixels = pixels[:, top : top + cut[0], left : left + cut[1]].flip([2] * mirror + [1] * flip)
     if alpha:
-        opacity = pixels[3:].float() / 255
-        pixels = (pixels[:3] * opacity + 255 * (1 - opacity)).round().to(torch.uint8)
+        pixels = torch.cat([_on_white(strip) for strip in pixels.split(256, dim=1)], dim=1)  # whole, floats fill memory
     if cut != (height, width):  # in whole bytes, as Pillow does: six times faster than in floats on 4K frames
         pixels = F.interpolate(pixels[None], (height, width), mode="bicubic", antialias=True)[0]
     return pixels.float().contiguous() / 127.5 - 1
+
+
+def _on_white(pixels: Tensor) -> Tensor:
+    """(4, h, w) bytes with transparency -> (3, h, w) bytes."""
+    opacity = pixels[3:].float() / 255
+    return (pixels[:3] * opacity + 255 * (1 - opacity)).round().to(torch.uint8)

@@ -130,6 +130,8 @@ class RunFolder:
                 raise UserError(f"{self.path} is no run folder and holds {min(strangers)}: give --out a new name")
             return
         before, record = read_json(self.path / "settings.json"), read_json(self.path / "inputs.json")
+        if not _is_record(before, record):
+            raise UserError(f"{self.path} is no run folder: its settings.json or inputs.json is damaged")
         now, left_out = json.loads(json.dumps(dataclasses.asdict(settings))), record.get("left to the base", ())
         changed = [
             f"{key} ({before.get(key)} there, {'none given' if value is None else value} now)"
@@ -154,3 +156,10 @@ class RunFolder:
             with suppress(OSError):  # of a folder that was made read-only since
                 file.unlink()
         remove_leftovers(self.path)
+
+
+def _is_record(before: Any, record: Any) -> bool:
+    """Whether the run's two tables are tables at all."""
+    if not isinstance(before, dict) or not isinstance(record, dict):
+        return False
+    return isinstance(record.get("left to the base", []), list) and isinstance(record.get("contents", {}), dict)

@@ -102,7 +102,8 @@ def section(cls: type[Settings], settings: RunSettings, name: str, **defaults: A
     """A step's settings: its own table over the defaults, and what all steps share.
 
     Raises:
-        UserError: a key that the step does not know, or that belongs to all steps.
+        UserError: a key that the step does not know, or that belongs to all steps, or an `out` outside the run folder:
+            files of settings come from strangers.
     """
     table: Mapping[str, Any] = getattr(settings, name)
     shared = {f.name for f in dataclasses.fields(BaseSettings)}
@@ -111,6 +112,9 @@ def section(cls: type[Settings], settings: RunSettings, name: str, **defaults: A
         raise UserError(
             f"{name}: {', '.join(misplaced)} must be the same for all steps: move it to the top of the file"
         )
+    home, given = Path(settings.out), table.get("out")
+    if isinstance(given, str) and not Path(given).resolve().is_relative_to(home.resolve()):
+        raise UserError(f"{name}: out: {given} is not inside {home}, where all that this file makes belongs")
     known = {f.name for f in dataclasses.fields(cls)}
     sizes = {"height", "width", "num_frames", "gradient_checkpointing"} & known
     common = {key: getattr(settings, key) for key in shared | sizes}

@@ -4,6 +4,7 @@ import copy
 import csv
 import hashlib
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -137,7 +138,7 @@ def cut_log(log: Path, last: int) -> None:
     if not log.is_file():
         return
     head, *rows = log.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
-    whole = [row for row in rows if row.count(",") == head.count(",") and row.partition(",")[0].isdecimal()]
+    whole = [row for row in rows if row.count(",") == head.count(",") and re.match(r"[0-9]{1,15},", row)]
     kept = [row for row in whole if int(row.partition(",")[0]) <= last]
     if not kept:
         log.unlink()

@@ -17,27 +17,9 @@ from torch import Tensor
 
 from model.errors import UserError
 from weights.folders import workplace
-from weights.unpickle import StandIn, load_torch
+from weights.safetensors_header import LONGEST_HEADER, SAFETENSORS_DTYPES, read_safetensors_header
+from weights.unpickle import StandIn, check_tensors, load_torch
 
-# Bytes per element of each dtype a safetensors header may name.
-SAFETENSORS_DTYPES = {
-    "F64": ("float64", 8),
-    "F32": ("float32", 4),
-    "F16": ("float16", 2),
-    "BF16": ("bfloat16", 2),
-    "F8_E4M3": ("float8_e4m3fn", 1),
-    "F8_E5M2": ("float8_e5m2", 1),
-    "I64": ("int64", 8),
-    "I32": ("int32", 4),
-    "I16": ("int16", 2),
-    "I8": ("int8", 1),
-    "U64": ("uint64", 8),
-    "U32": ("uint32", 4),
-    "U16": ("uint16", 2),
-    "U8": ("uint8", 1),
-    "BOOL": ("bool", 1),
-}
-LONGEST_HEADER = 100_000_000  # safetensors' own limit
 WRAPPERS = ("state_dict", "controlnet")
 
 
@@ -102,18 +84,35 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file; raises UserError if it is missing or is not JSON."""
+    """Read a JSON file; raises UserError if it is missing, is not JSON, or is longer than any that is of use here."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(read_text(path, LONGEST_HEADER))
     except OSError as error:
         raise UserError(f"{path} could not be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}.") from error
 
 
-def printable(text: str) -> str:
-    """The text without what could move a terminal's cursor, a blank in its place: files come from strangers."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
+def printable(text: str, longest: int | None = None) -> str:
+    """The text on one line, without what could move a terminal's cursor or turn its writing about, in its place a
+    blank: files come from strangers.
+    """
+    line = "".join(letter if letter.isprintable() else " " for letter in text)
+    return line if longest is None or len(line) <= longest else line[:longest] + " ..."
+
+
+def read_text(path: str | Path, longest: int) -> str:
+    """A text file in UTF-8 of at most `longest` bytes.
+
+    Raises:
+        UserError: it is longer.
+        OSError, UnicodeDecodeError: as of `open` and `read`.
+    """
+    with open(path, "rb") as file:
+        content = file.read(longest + 1)
+    if len(content) > longest:
+        raise UserError(f"{path} is longer than {longest:,} bytes, which no such file has a need of: it was not read.")
+    return content.decode("utf-8")
 
 
 def sha256(path: str | Path) -> str:
@@ -139,7 +138,7 @@ def container_of(path: str | Path) -> str:
         head = file.read(1024)
     if not head:
         raise UserError(f"{path} is empty (0 bytes): the download or the copy failed. Get it again.")
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= LONGEST_HEADER:
+    if head[8:9] == b"{":
         return "safetensors"
     if head.startswith(b"PK\x03\x04"):
         return "torch zip"
@@ -176,8 +175,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
                 "showlab's scripts): nothing says which layer each belongs to, so it cannot be used. Convert it with "
                 "the tool that wrote it."
             )
-        return {name: tensor.detach() for name, tensor in _named(loaded, path).items()}
-    _safetensors_header(path)
+        tensors = _named(loaded, path)
+        check_tensors(tensors, path)
+        return {name: tensor.detach() for name, tensor in tensors.items()}
+    read_safetensors_header(path)
     try:
         with safe_open(path, "pt") as file:
             return _without_module({name: file.get_tensor(name) for name in file.keys()}, path)  # noqa: SIM118
@@ -193,15 +194,16 @@ def read_header(path: str | Path) -> Header:
     path = Path(path)
     container = container_of(path)
     if container == "safetensors":
-        metadata, entries = _safetensors_header(path)
+        metadata, entries = read_safetensors_header(path)
         infos = {n: TensorInfo(tuple(e["shape"]), SAFETENSORS_DTYPES[e["dtype"]][0]) for n, e in entries.items()}
         return Header(container, _without_module(infos, path), metadata)
     loaded = load_torch(path, container, "meta" if container == "torch zip" else "cpu")
     if isinstance(loaded, list):
         loaded = {f"[{index}]": entry for index, entry in enumerate(loaded)}
     tensors = _named(loaded, path)
+    check_tensors(tensors, path)
     infos = {n: TensorInfo(tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in tensors.items()}
-    small = {} if isinstance(loaded, Tensor | StandIn) else loaded
+    small = loaded if isinstance(loaded, dict) else {}
     return Header(container, infos, {str(k): str(v) for k, v in small.items() if isinstance(v, str | int | float)})
 
 
@@ -211,32 +213,6 @@ def _flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _safetensors_header(path: Path) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
-    """Metadata and checked entries; everything the header claims is compared with the file's length."""
-    total = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        text = file.read(length)
-    cut_short = f"{path} is cut short: {total:,} bytes are there, and its header claims {{:,}}. Download it again."
-    if len(text) < length:
-        raise UserError(cut_short.format(8 + length))
-    try:
-        entries = json.loads(text)
-        metadata = {str(key): str(value) for key, value in entries.pop("__metadata__", {}).items()}
-        end = 0
-        for entry in entries.values():
-            begin, stop = entry["data_offsets"]
-            length_claimed = math.prod(entry["shape"]) * SAFETENSORS_DTYPES[entry["dtype"]][1]
-            if min([begin, *entry["shape"]]) < 0 or length_claimed != stop - begin:
-                raise ValueError(f"shape and length disagree in {entry}")
-            end = max(end, stop)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is a damaged safetensors file: its header makes no sense ({error!r}).") from error
-    if 8 + length + end > total:
-        raise UserError(cut_short.format(8 + length + end))
-    return metadata, entries
 
 
 def _named(loaded: Any, path: Path) -> dict[str, Tensor]:

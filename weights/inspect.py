@@ -64,7 +64,7 @@ def describe(path: str | Path) -> str:
         lines += _file_lines(path, found)
     lines.append(("note", found.note))
     width = max(len(name) for name, _ in lines)
-    return "\n".join([str(path), *(f"  {name:<{width}}  {_printable(value)}" for name, value in lines)])
+    return "\n".join([str(path), *(f"  {name:<{width}}  {printable(value, 400)}" for name, value in lines)])
 
 
 def layer_of(name: str) -> int | None:
@@ -182,12 +182,6 @@ def _count(tensors: Mapping[str, TensorInfo]) -> int:
 def _counted(values: Iterable[str]) -> str:
     counts = Counter(values).most_common()
     return counts[0][0] if len(counts) == 1 else ", ".join(f"{value} ({count:,})" for value, count in counts)
-
-
-def _printable(text: str, longest: int = 400) -> str:
-    """The text on one line, and not a long one."""
-    line = printable(text)
-    return line if len(line) <= longest else line[:longest] + " ..."
 
 
 if __name__ == "__main__":

@@ -14,15 +14,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
 from jsonargparse import ArgumentParser
 
 from model.errors import UserError
 from weights.files import write_json
+from weights.yaml_file import read_config
 
 Settings = TypeVar("Settings")
 
 CONFIG = "a YAML or JSON file of these settings; flags win over it"
+MOST_VALUES = 1000  # of a list
+LONGEST_VALUE = 4096  # letters of a number, a choice or a path
 
 
 def parse_settings(
@@ -70,39 +72,9 @@ def settings_from(cls: type[Settings], mapping: Mapping[str, Any], where: str) -
     return _build(cls, _checked(cls, mapping, f"{where}: "), f"{where}: ")
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
-    """Read a YAML or JSON table. Every plain value is text, except null: the settings' own types decide what it is."""
-    try:
-        table = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_TextLoader)
-    except OSError as error:
-        raise UserError(f"{path} could not be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(table, dict) or not all(isinstance(key, str) for key in table):
-        raise UserError(f"{path} does not hold settings: lines such as `steps: 500` were expected.")
-    return table
-
-
 def save_settings(path: str | Path, settings: Any) -> None:
     """Write a settings dataclass as JSON, atomically; the file serves as `--config` again."""
     write_json(path, dataclasses.asdict(settings))
-
-
-class _TextLoader(yaml.SafeLoader):
-    """YAML without guesses: `1e-5`, `yes`, `2024-01-01` and `0123` all stay text; a key given twice is an error."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 - yaml's own class attribute
-        first: [(tag, pattern) for tag, pattern in resolvers if tag == "tag:yaml.org,2002:null"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if str(key.value) in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep=deep)
 
 
 def _flags(hints: Mapping[str, Any], words: list[str]) -> dict[str, Any]:
@@ -156,6 +128,13 @@ def _typed(value: Any, hint: Any, label: str) -> Any:
     if get_origin(hint) is dict and isinstance(value, Mapping):
         return dict(value)  # as it is: its values are some other dataclass's, and jsonargparse would guess their types
     given = [value] if isinstance(value, str | int | float) and _is_list(hint) else value
+    words = given if isinstance(given, list | tuple) else [given]
+    if len(words) > MOST_VALUES:
+        raise UserError(f"{label}: {len(words)} values are more than {MOST_VALUES}.")
+    if _is_text(hint) and isinstance(given, list | tuple) == _is_list(hint) and all(type(w) is str for w in words):
+        return list(words) if _is_list(hint) else given  # jsonargparse would read it as YAML, all it names included
+    if any(isinstance(word, str) and (len(word) > LONGEST_VALUE or "*" in word) for word in words):
+        raise UserError(f"{label}: expected {_describe(hint)}, got {str(value)[:200]!r}.")
     checker = ArgumentParser(exit_on_error=False)
     checker.add_argument("--value", type=hint)
     try:
@@ -199,6 +178,11 @@ def _may_be_none(hint: Any) -> bool:
 
 def _is_list(hint: Any) -> bool:
     return any(get_origin(option) in (list, tuple) for option in _options(hint))
+
+
+def _is_text(hint: Any) -> bool:
+    """Is the type `str`, or a list of it, or one of them or None?"""
+    return all(option in (str, list[str]) for option in _options(hint))
 
 
 def _describe(hint: Any) -> str:

@@ -1,10 +1,12 @@
 """Pickled torch files (.ckpt, .pt, .bin) under weights-only rules, with inert stand-ins for a few known names."""
 
+import io
 import pickletools
 import re
 import warnings
 import zipfile
 from collections import OrderedDict
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,13 @@ HARMLESS = (
 )
 
 
+# Of a pickle's operations, and of what comes of it. A checkpoint with 2,000 tensors has 80,000.
+MOST_ENTRIES = 1_000_000
+MOST_SHARED = 8  # times a file's length: what its tensors may add up to, where several show the same numbers
+# torch lets pickles call `_codecs.encode`, as numpy's do with latin1; these take 70 s for 40,000 letters.
+SLOW_CODECS = ("punycode", "idna")
+
+
 def load_torch(path: Path, container: str, device: str) -> Any:
     """Load what `torch.save` wrote: plain data and tensors on `device` ("cpu", or "meta" for shapes only).
 
@@ -58,7 +67,7 @@ def load_torch(path: Path, container: str, device: str) -> Any:
     try:
         with open(path, "rb") as file, torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(path if mapped else file, map_location=device, weights_only=True, mmap=mapped)
+            loaded = torch.load(path if mapped else file, map_location=device, weights_only=True, mmap=mapped)
     except Exception as error:  # torch's reader raises nearly anything on bytes that make no sense
         refused = re.search(r"GLOBAL ([^\s,]+)", str(error))
         if refused is None:
@@ -72,6 +81,65 @@ def load_torch(path: Path, container: str, device: str) -> Any:
             f"{path} wants to run code: it names {name}, which a file of weights has no need of. Nothing of it was "
             "loaded or run. If you trust its maker, ask for the same weights as .safetensors."
         ) from error
+    if _unfolded(loaded) > MOST_ENTRIES:
+        raise UserError(
+            f"{path} holds tables that hold each other, without end to speak of: it is not a file of weights."
+        )
+    return loaded
+
+
+def _unfolded(loaded: Any) -> int:
+    """How many entries one would meet who walked through all tables and lists: one that is named twice counts twice.
+
+    A pickle of a few bytes can name one list ten times in a list that is named ten times, and so on. A table that holds
+    itself is not followed.
+    """
+    counts: dict[int, int] = {}
+    todo = [loaded]
+    while todo:
+        entry = todo[-1]
+        inner = _inner(entry)
+        fresh = [] if id(entry) in counts else [each for each in inner if id(each) not in counts]
+        counts.setdefault(id(entry), 1)
+        if fresh:
+            todo += fresh
+        else:
+            counts[id(entry)] = min(1 + sum(counts.get(id(each), 1) for each in inner), MOST_ENTRIES + 1)
+            todo.pop()
+    return counts[id(loaded)]
+
+
+def _inner(entry: Any) -> Collection[Any]:
+    if isinstance(entry, StandIn):
+        return entry.tensors.values()
+    if isinstance(entry, dict):
+        return entry.values()
+    return entry if isinstance(entry, list | tuple | set) else ()
+
+
+def check_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """See that a file's tensors are no more than what it holds: plain numbers, none of them shown too many times over.
+
+    A pickle may lay a tensor of any shape over a single number (stride 0), which takes no memory until it is copied.
+
+    Raises:
+        UserError: they are not.
+    """
+    total, claimed = path.stat().st_size, 0
+    for name, tensor in tensors.items():
+        if (
+            type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+            or tensor.layout != torch.strided
+            or tensor.is_quantized
+        ):
+            raise UserError(f"{path}: {name[:200]} is no plain tensor (sparse, quantised or of a kind of its own).")
+        size = tensor.numel() * tensor.element_size()
+        claimed += size
+        if size > total or claimed > MOST_SHARED * total:
+            raise UserError(
+                f"{path} is damaged: {name[:200]} would have {tuple(tensor.shape)} numbers, and the file has "
+                f"{total:,} bytes. Download it again."
+            )
 
 
 def _stand_in(name: str) -> type | None:
@@ -94,11 +162,18 @@ def _names_in_zip(path: Path) -> set[str]:
             )
     try:
         with zipfile.ZipFile(path) as archive:
-            inside = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
-            if inside and inside[0].file_size <= total:  # else it is packed far too well to be torch's
-                with archive.open(inside[0]) as stream:
-                    return _names(stream)
-    except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError) as error:
+            entries = archive.infolist()
+            packed = next((entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
+            if packed is not None:
+                raise UserError(f"{path} was packed again by another program than torch: save it with torch.save again")
+            if sum(entry.file_size for entry in entries) > total:
+                raise UserError(f"{path} is a damaged torch file: its table of contents claims more than there is.")
+            inside = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
+            if inside:
+                return set().union(*(_names(io.BytesIO(archive.read(entry)), path) for entry in inside))
+    except UserError:
+        raise
+    except Exception as error:  # so does Python's reader of zip files
         raise UserError(f"{path} is a damaged torch file: {error}. Download it again.") from error
     raise UserError(f"{path} is a zip archive, but not one that torch wrote. Unpack it and give the file inside.")
 
@@ -106,15 +181,23 @@ def _names_in_zip(path: Path) -> set[str]:
 def _names_in_pickles(path: Path) -> set[str]:
     with open(path, "rb") as file:
         # a magic number, the format's version, the writer's system, and then the data; raw storages follow
-        return set().union(*(_names(file) for _ in range(4)))
+        return set().union(*(_names(file, path) for _ in range(4)))
 
 
-def _names(stream: Any) -> set[str]:
-    names = set()
+def _names(stream: Any, path: Path) -> set[str]:
+    names: set[str] = set()
+    slow = False
     try:
-        for opcode, argument, _ in pickletools.genops(stream):
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+            if number > MOST_ENTRIES:
+                raise UserError(f"{path} holds far more than tensors and their names: it is not a file of weights.")
             if opcode.name == "GLOBAL":
                 names.add(re.sub("^__builtin__ ", "builtins ", str(argument)).replace(" ", ".", 1))
-    except (ValueError, OverflowError, MemoryError):
-        pass  # broken from here on: torch says so when it loads
+            slow |= isinstance(argument, str) and re.sub(r"\W|_", "", argument.lower()) in SLOW_CODECS
+    except (ValueError, OverflowError, MemoryError) as error:
+        if isinstance(error, UserError):
+            raise
+        # broken from here on: torch says so when it loads
+    if slow and "_codecs.encode" in names:
+        raise UserError(f"{path} asks for a conversion of text that takes hours: it is not a file of weights.")
     return names

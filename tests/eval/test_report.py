@@ -92,3 +92,15 @@ def test_without_matplotlib_the_error_says_how_to_get_it(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=re.escape('pip install -e ".[eval]"')):
         bars(tmp_path / "bars.png", "t", {"up": [(1.0, None, None)]}, ["a"])
     assert not (tmp_path / "bars.png").exists()
+
+
+def test_no_text_ends_its_cell_its_line_or_moves_the_cursor():
+    evil = "a|b\\|c\n| d <script>x</script> [l](javascript:1) `c` \x1b[2J\u202e\r&lt;"
+    its = Table(["arm", evil], [[evil, "1"]])
+    for text in (text_table(its), markdown_table(its)):
+        assert not set(text) & {"\x1b", "\u202e", "\r"}
+    assert len(text_table(its).splitlines()) == 2
+    head, _, row = markdown_table(its).splitlines()
+    for line in (head, row):
+        assert len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) == 3
+        assert not re.search(r"(?<!\\)[<>\[\]`]|&lt;", line)

@@ -11,7 +11,11 @@ from clips import smooth
 import train.run as module
 from model import UserError
 from sampling import read_video, write_media
-from train.run import RunSettings, main, run
+from sampling.generate import GenerateSettings
+from train.appearance import AppearanceSettings
+from train.motion import MotionSettings
+from train.run import RunSettings, main, run, section
+from train.ttt import TTTSettings
 from weights import find_record, sha256
 
 
@@ -135,3 +139,22 @@ def test_the_python_way_is_the_same(config, tmp_path):
     clips = run(RunSettings(**config.table))
     assert clips == [tmp_path / "run" / "video-1-seed1.mp4", tmp_path / "run" / "video-1-seed2.mp4"]
     assert all(clip.is_file() for clip in clips)
+
+
+@pytest.mark.parametrize(
+    ("table", "out"),
+    [
+        ("appearance", "../elsewhere"),
+        ("motion", "run/../../elsewhere"),
+        ("ttt", "/tmp/elsewhere"),
+        ("generate", "~/../x.mp4"),
+    ],
+)
+def test_a_file_of_settings_writes_nowhere_but_in_its_run_folder(tmp_path, monkeypatch, table, out):
+    monkeypatch.chdir(tmp_path)
+    settings = RunSettings(out="run", **{table: {"out": out, "prompt": "p"}})
+    cls = {"appearance": AppearanceSettings, "motion": MotionSettings, "ttt": TTTSettings, "generate": GenerateSettings}
+    with pytest.raises(UserError, match=f"{table}: out: .* is not inside run"):
+        section(cls[table], settings, table)
+    inside = {"appearance": {"out": "run/looks", "prompt": "p", "images": "x"}}
+    assert section(AppearanceSettings, RunSettings(out="run", **inside), "appearance").out == "run/looks"

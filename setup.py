@@ -26,7 +26,7 @@ setup(
         "av>=17",
         "numpy>=1.26",
         "tqdm",
-        "huggingface_hub",
+        "huggingface_hub>=1,<3",
         "pyyaml",
         "jsonargparse[signatures]>=4.40",
     ],

@@ -19,7 +19,9 @@ from weights import (
     Base,
     BaseSettings,
     Record,
+    atomic_write,
     complete,
+    json_text,
     learned_tokens,
     load_lora,
     lora_path,
@@ -33,7 +35,6 @@ from weights import (
     unused_tokens,
     versions,
     with_source,
-    write_json,
 )
 
 
@@ -147,9 +148,9 @@ def make_clips(
             for file, video in zip(files, sample_videos(base, prompts, seeds, progress=label, **options), strict=True):
                 if file is not None:
                     record = asdict(Record(**told[file], **environment))
-                    record_file(file).unlink(missing_ok=True)  # it must not stay beside a clip that it does not fit
-                    write_media(file, video, fps=its.fps, metadata=record)
-                    write_json(record_file(file), record)
+                    with atomic_write(record_file(file)) as temporary:  # both are replaced, or neither
+                        temporary.write_text(json_text(record), encoding="utf-8")
+                        write_media(file, video, fps=its.fps, metadata=record)
                     print(f"wrote {file}")
 
 

@@ -11,7 +11,16 @@ from weights.embeddings import (
     split_token,
     unused_tokens,
 )
-from weights.files import atomic_write, printable, read_checkpoint, read_header, read_json, sha256, write_json
+from weights.files import (
+    atomic_write,
+    json_text,
+    printable,
+    read_checkpoint,
+    read_header,
+    read_json,
+    sha256,
+    write_json,
+)
 from weights.load import Base, load_base
 from weights.lora import LoRAEntry, LoRAFile, load_lora, lora_path, read_lora_header, save_lora, split_strength
 from weights.open import BaseSettings, open_base, with_source
@@ -29,6 +38,7 @@ __all__ = [
     "atomic_write",
     "complete",
     "find_record",
+    "json_text",
     "learned_tokens",
     "load_base",
     "load_lora",

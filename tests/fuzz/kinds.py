@@ -10,13 +10,13 @@ import torch
 from fuzz import mutations, seeds
 
 from eval.demo_plan import DemoSettings, make_plan
-from eval.demo_record import Record
+from eval.demo_record import Record as DemoRecord
 from eval.grid_settings import GridSettings, check_grid
 from eval.pairs import read_pairs
 from eval.reading import load_judge
-from eval.score import kept_prompts
 from lora import adapter_names, remove_adapter
-from model import UNet3D
+from model import UNet3D, UserError
+from sampling.again import settings_of
 from sampling.media import read_image, read_video
 from sampling.whole import read_whole
 from train.appearance import AppearanceSettings
@@ -25,7 +25,7 @@ from train.folder import RunFolder
 from train.motion import MotionSettings
 from train.run import RunSettings, section, up_to_date
 from train.ttt import TTTSettings
-from weights import load_base, load_lora, parse_settings
+from weights import Record, find_record, load_base, load_lora, parse_settings, read_embedding
 from weights.detect import detect
 from weights.files import read_checkpoint, read_header
 from weights.inspect import describe
@@ -59,6 +59,7 @@ def kinds(root: Path) -> dict[str, Kind]:
     look: Ways = {"detect": detect, "describe": describe, "header": read_header, "checkpoint": read_checkpoint}
     unet, text = lora_files.small(), None
     lora: Ways = {"load_lora": lambda path: _load(unet, path), "detect": detect, "describe": describe}
+    tokens_of: Ways = {"read_embedding": read_embedding, "detect": detect, "describe": describe}
     base = seeds.write_base(root / "base")
     run = seeds.write_run(root / "run")
     made = seeds.Seeds(root / "seeds", unet)
@@ -80,6 +81,12 @@ def kinds(root: Path) -> dict[str, Kind]:
 
     def again(_: Path) -> None:
         RunFolder(run).is_done(seeds.SETTINGS, {})
+
+    def asked(path: Path) -> Record:
+        record = find_record(path)
+        if record is None:
+            raise UserError(f"{path} has no record")
+        return record
 
     tokens = seeds.write_tokenizer(root / "tokenizer")
     adapter = made.peft_folder()
@@ -123,16 +130,21 @@ def kinds(root: Path) -> dict[str, Kind]:
         "log.csv": inside("log.csv", {"restore": restore}),
         "settings.json": inside("settings.json", {"is_done": again}),
         "inputs.json": inside("inputs.json", {"is_done": again}),
-        "video.settings.json": Kind(
-            run / "video.mp4.settings.json",
-            [(run / "video.mp4.settings.json").read_bytes()],
-            {"up_to_date": lambda _: up_to_date(clip, [run / "video.mp4"]), "kept": lambda _: kept_prompts(run)},
+        "record": Kind(
+            run / "video.gif.record.json",
+            [(run / "video.gif.record.json").read_bytes()],
+            {
+                "up_to_date": lambda _: up_to_date(clip),
+                "again": lambda p: settings_of(asked(p), p, {"out": "x.gif"}),
+                "describe": lambda _: describe(run / "video.gif"),
+            },
             text,
+            3,
         ),
         "demo.json": Kind(
             root / "demo" / "demo.json",
             [seeds.DEMO],
-            {"record": lambda p: Record(DemoSettings(out=str(p.parent)))},
+            {"record": lambda p: DemoRecord(DemoSettings(out=str(p.parent)))},
             text,
         ),
         "pairs.csv": Kind(root / "pairs.csv", [b'prompt,other\na cat,a dog\n"a, b",c\n'], {"pairs": read_pairs}),
@@ -162,10 +174,13 @@ def kinds(root: Path) -> dict[str, Kind]:
                 "read_whole": read_whole,
                 "at 8 fps": lambda path: read_whole(path, 8),
                 "describe": describe,
+                "record": find_record,
             },
             None,
             5,
         ),
+        "embedding (safetensors)": Kind(root / "e.safetensors", made.embedding_safetensors(), tokens_of, safe, 2),
+        "embedding (pickled)": Kind(root / "e.pt", made.embedding_pickled(), tokens_of, torch_, 2),
         **{
             cls.__name__: Kind(root / f"{cls.__name__}.yaml", its, {"parse": _parse(cls)}, text)
             for cls, its in seeds.settings().items()

@@ -27,13 +27,14 @@ from eval.tiny import FiguresSettings
 from model import Recipe, UNet3D
 from sampling import write_media
 from sampling.generate import GenerateSettings
+from sampling.origins import PER_CLIP
 from train.appearance import AppearanceSettings
-from train.folder import checksum
 from train.motion import MotionSettings
 from train.run import RunSettings
+from train.states import checksum
 from train.tiny import TinySettings
 from train.ttt import TTTSettings
-from weights import save_settings
+from weights import record_file, save_settings, write_json
 from weights.export import ExportSettings
 from weights.recipe import write_recipe
 
@@ -96,6 +97,16 @@ class Seeds:
         """Motion LoRAs and kohya's as .ckpt and .pt."""
         motion = {"state_dict": lora_files.motion_lora(self.temporal), "global_step": 500}
         return [_saved(motion), _saved(lora_files.kohya(self.spatial)), _saved(motion, zipped=False)]
+
+    def embedding_safetensors(self) -> list[bytes]:
+        """diffusers' form, and kohya's."""
+        vectors = torch.randn(2, 16)
+        return [save({"<cat>": vectors}), save({"emb_params": vectors}, {"sd_checkpoint": "x"})]
+
+    def embedding_pickled(self) -> list[bytes]:
+        """A1111's form as torch writes it and as it did before, and diffusers'."""
+        vectors = torch.randn(2, 16)
+        return [*(_saved(its) for its in (EMBEDDING, {"<cat>": vectors})), _saved(EMBEDDING, zipped=False)]
 
     def peft_folder(self) -> Path:
         """adapter_model.safetensors and adapter_config.json."""
@@ -190,14 +201,22 @@ def write_run(folder: Path) -> Path:
     its.step()
     state = {"done": 2, "parameters": [p.detach() for p in parameters], "optimizer": its.state_dict(), "scaler": {}}
     torch.save(state | {"checksum": checksum(state)}, folder / "state.pt")
-    (folder / "video.mp4").write_bytes(b"")
-    save_settings(folder / "video.mp4.settings.json", clip_settings(folder))
+    write_media(folder / "video.gif", torch.zeros(2, 3, 16, 16), fps=8)
+    write_json(record_file(folder / "video.gif"), clip_record())
     return folder
 
 
 def clip_settings(run: Path) -> GenerateSettings:
     """Of the clip in the run's folder."""
-    return GenerateSettings(prompt=["a ball"], out=str(run / "video.mp4"))
+    return GenerateSettings(prompt=["a ball"], out=str(run / "video.gif"))
+
+
+def clip_record() -> dict[str, Any]:
+    """Of that clip."""
+    settings = {key: value for key, value in asdict(clip_settings(Path())).items() if key not in PER_CLIP}
+    tables: dict[str, Any] = {"settings": settings, "filled": {"steps": 25}, "files": {"lora": {"a": "0"}}}
+    of_base = {"base": "tiny", "fingerprints": {"unet": "0"}, "versions": {"torch": "2"}, "threads": 1}
+    return {"customttt": "0", "prompt": "a ball", "seed": 0, "prompts": ["a ball"], "seeds": [0], **tables, **of_base}
 
 
 def judge() -> bytes:
@@ -239,7 +258,7 @@ def videos(folder: Path) -> list[bytes]:
     folder.mkdir()
     frames = greys(10)
     torch_frames = torch.rand(6, 3, 32, 32) * 2 - 1
-    write_media(folder / "a.mp4", torch_frames, fps=8)
+    write_media(folder / "a.mp4", torch_frames, fps=8, metadata=clip_record())
     write_media(folder / "a.gif", torch_frames, fps=8)
     made = [folder / "a.mp4", folder / "a.gif"]
     for name, codec in (

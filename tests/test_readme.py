@@ -33,7 +33,7 @@ def test_the_python_lines_ask_for_what_the_commands_ask_for(monkeypatch):
     monkeypatch.setattr(weights, "load_base", lambda base, module: (base, module))
     for name, (module, function, _) in STEPS.items():
         monkeypatch.setattr(module, function, lambda settings, base, name=name: asked.update({name: (settings, base)}))
-    [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    [code] = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "train_ttt" in block]
     exec(code, {})
     for name, (module, _, settings) in STEPS.items():
         [line] = re.findall(rf"^customttt {name} +(--base .*)$", README, re.MULTILINE)

@@ -59,7 +59,7 @@ def fuzz(kind: Kind, name: str, worker: Worker, cases: int, derandomize: bool = 
 
     sound = kind.path.read_bytes() if kind.path.exists() else None
     one()
-    kind.path.unlink()
+    kind.path.unlink(missing_ok=True)
     if sound is not None:
         kind.path.write_bytes(sound)
     return tally

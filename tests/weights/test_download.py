@@ -145,7 +145,13 @@ def test_ctrl_c_says_that_the_same_command_goes_on(hub, folders, tmp_path):
     hub.breaks[V3], hub.hangs = len(content) // 2, True
     command = [sys.executable, "-m", "weights.download", "v3"]
     changes = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": constants.HF_HUB_CACHE, "HF_HUB_OFFLINE": "0"}
-    running = subprocess.Popen(command, env={**os.environ, **changes}, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        command,
+        env={**os.environ, **changes},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells let background jobs ignore it
+    )
     while not hub.asked and running.poll() is None:
         time.sleep(0.05)
     time.sleep(0.5)

@@ -1,6 +1,8 @@
 """Files that do not fit, lie in the wrong place, or are not all there: each is told apart, in words that help."""
 
 import json
+import math
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,6 @@ from base_tensors import manifest
 from bases import (
     tensors,
     write_base,
-    write_ckpt,
     write_motion_adapter,
     write_tokenizer,
     write_vae,
@@ -35,8 +36,15 @@ def folder(tmp_path):
 
 
 def hollow(shapes: dict[str, tuple[int, ...]], path: Path) -> Path:
-    """A file of the given names and shapes, however large, in a few bytes: one zero seen many times."""
-    return write_ckpt(path, {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}, lightning=False)
+    """A safetensors file, by any name, of zeros in these shapes, which take no room on the disk."""
+    header, end = {}, 0
+    for key, shape in shapes.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[key] = {"dtype": "F16", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + end)
+    return path
 
 
 def change(file: Path, alter) -> None:
@@ -218,7 +226,7 @@ def test_networks_that_do_not_belong_together_are_refused(folder, tmp_path):
     full = {k: s for k, s in manifest("sd15_diffusers_text").items() if "position_ids" not in k}
     (folder / "text_encoder" / "model.safetensors").unlink()
     (folder / "text_encoder" / "config.json").unlink()
-    write_ckpt(folder / "text_encoder" / "pytorch_model.bin", {k: torch.zeros(()).expand(s) for k, s in full.items()})
+    hollow(full, folder / "text_encoder" / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"wants text of width 128, and the text encoder gives 768"):
         load_base(folder)
 

@@ -15,7 +15,7 @@ from train.data import subject_files
 from train.motion import MotionSettings, read_frames, train_motion
 from train.settings import TrainSettings
 from train.ttt import TTTSettings, train_ttt
-from weights import Base, BaseSettings, find_record, open_base, parse_settings, run_command, settings_from
+from weights import Base, BaseSettings, find_record, open_base, parse_settings, record_file, run_command, settings_from
 from weights.folders import locked
 from weights.lora import FILE_NAME, split_strength
 
@@ -132,12 +132,15 @@ def up_to_date(settings: GenerateSettings) -> bool:
 
 
 def is_from(clip: Path, origin: Mapping[str, Any]) -> bool:
-    """Whether the clip is there and was made so."""
+    """Whether the clip is there and was made so, by the record in it and by the one beside it."""
     try:
-        record = find_record(clip) if clip.exists() else None
+        records = [find_record(clip), find_record(record_file(clip))] if clip.exists() else [None]
     except UserError:  # a damaged record tells nothing
         return False
-    return record is not None and all(getattr(record, name) == value for name, value in origin.items())
+    return all(
+        record is not None and all(getattr(record, name) == value for name, value in origin.items())
+        for record in records
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

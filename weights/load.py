@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 from transformers import CLIPTokenizer
 
@@ -19,7 +19,7 @@ from model import AutoencoderKL, NoiseSchedule, Recipe, TextEncoder, UNet3D, Use
 from weights.configs import motion_config, text_config, unet_config, vae_config
 from weights.detect import FileKind, detect, detect_tensors, refuse
 from weights.device import choose_device, default_dtype
-from weights.download import CLIP_L14, how_to_get
+from weights.download import how_to_get
 from weights.files import read_checkpoint
 from weights.keymaps import (
     IGNORED_IN_BASE,
@@ -34,7 +34,7 @@ from weights.keymaps import (
 )
 from weights.parts import Part, account, fill, read_part, take
 from weights.recipe import read_recipe
-from weights.tokenizer import VOCABULARY, composed, read_tokenizer, tokenize
+from weights.tokenizer import WHERE_VOCABULARY_GOES, composed, read_tokenizer, tokenize, tokenizer_on_hub
 
 # A base's networks: folder in diffusers' layout, what is in it, how its tensors may be named, which may stay unused.
 NETWORKS: tuple[tuple[str, str, tuple[Layout, ...], dict[str, str]], ...] = (
@@ -44,12 +44,6 @@ NETWORKS: tuple[tuple[str, str, tuple[Layout, ...], dict[str, str]], ...] = (
 )
 MOTION = "motion_adapter"  # the folder of a base's own motion modules, as diffusers' AnimateDiffPipeline names it
 TINY = Path(__file__).parent / "tiny"  # the base that is called "tiny"
-
-WHERE_VOCABULARY_GOES = (
-    f"Get it with `customttt download tokenizer`; or put {' and '.join(VOCABULARY)} of "
-    f"https://huggingface.co/{CLIP_L14} into one folder, and name it with --tokenizer FOLDER (the folder tokenizer/ of "
-    "a diffusers base is found without)."
-)
 
 
 @dataclass
@@ -281,23 +275,3 @@ def _tokenizer_folder(source: Path, tokenizer: str | Path | None) -> Path | None
     if tokenizer is not None and not folder.is_dir():
         raise UserError(f"{tokenizer} was given as the tokenizer, and is no folder. {WHERE_VOCABULARY_GOES}")
     return folder if folder.is_dir() else None
-
-
-def tokenizer_on_hub() -> Path:
-    """The folder of CLIP's vocabulary in the hub's cache, fetched if it is not there yet.
-
-    transformers would not do: with no network, it answers with an empty tokenizer and no error.
-
-    Raises:
-        UserError: it is not in the cache, and the hub does not answer.
-    """
-    for offline in (True, False):
-        try:
-            found = [hf_hub_download(CLIP_L14, name, local_files_only=offline) for name in VOCABULARY]
-            return Path(found[0]).parent
-        except (OSError, HfHubHTTPError) as error:
-            reason = error
-    raise UserError(
-        "this base comes without a tokenizer, and CLIP's is neither in the hub's cache nor to be had from the hub. "
-        + WHERE_VOCABULARY_GOES
-    ) from reason

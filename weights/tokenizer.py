@@ -5,12 +5,20 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import CLIPTokenizer
 
 from model.errors import UserError
+from weights.download import CLIP_L14
 
 VOCABULARY = ("vocab.json", "merges.txt")
 FILES = (*VOCABULARY, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+WHERE_VOCABULARY_GOES = (
+    f"Get it with `customttt download tokenizer`; or put {' and '.join(VOCABULARY)} of "
+    f"https://huggingface.co/{CLIP_L14} into one folder, and name it with --tokenizer FOLDER (the folder tokenizer/ of "
+    "a diffusers base is found without)."
+)
 
 
 def read_tokenizer(folder: Path, known: int, whose: str, remedy: str) -> CLIPTokenizer:
@@ -38,6 +46,26 @@ def read_tokenizer(folder: Path, known: int, whose: str, remedy: str) -> CLIPTok
             "together"
         )
     return tokenizer
+
+
+def tokenizer_on_hub() -> Path:
+    """The folder of CLIP's vocabulary in the hub's cache, fetched if it is not there yet.
+
+    transformers would not do: with no network, it answers with an empty tokenizer and no error.
+
+    Raises:
+        UserError: it is not in the cache, and the hub does not answer.
+    """
+    for offline in (True, False):
+        try:
+            found = [hf_hub_download(CLIP_L14, name, local_files_only=offline) for name in VOCABULARY]
+            return Path(found[0]).parent
+        except (OSError, HfHubHTTPError) as error:
+            reason = error
+    raise UserError(
+        "this base comes without a tokenizer, and CLIP's is neither in the hub's cache nor to be had from the hub. "
+        + WHERE_VOCABULARY_GOES
+    ) from reason
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompt: str, learned: Mapping[str, Sequence[int]]) -> list[tuple[int, int]]:

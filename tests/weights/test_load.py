@@ -11,7 +11,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from oracles import diffusers_name, error, like_diffusers
 from transformers import CLIPTextModel, CLIPTokenizer
 
-import weights.load
+import weights.tokenizer
 from model import MotionConfig, NoiseSchedule, UNet3D, UserError
 from weights.load import Base, load_base
 
@@ -259,7 +259,7 @@ def test_a_one_file_base_takes_clips_tokenizer_from_the_hubs_cache(one_file, fol
         assert local_files_only
         return str(folder / "tokenizer" / name)
 
-    monkeypatch.setattr(weights.load, "hf_hub_download", cached)
+    monkeypatch.setattr(weights.tokenizer, "hf_hub_download", cached)
     assert load_base(one_file).embed(["a cat"]).shape == (1, 77, 128)
 
 
@@ -267,7 +267,7 @@ def test_without_a_tokenizer_anywhere_the_error_says_which_files_go_where(one_fi
     def offline(repository, name, local_files_only):
         raise LocalEntryNotFoundError("no network")
 
-    monkeypatch.setattr(weights.load, "hf_hub_download", offline)
+    monkeypatch.setattr(weights.tokenizer, "hf_hub_download", offline)
     with pytest.raises(
         UserError, match=r"vocab\.json and merges\.txt .*huggingface\.co/openai/clip.* --tokenizer FOLDER"
     ):

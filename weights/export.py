@@ -21,7 +21,7 @@ from weights.files import atomic_write, read_checkpoint, read_header
 from weights.foreign import READ
 from weights.formats import FORMATS, WHAT, Format, fold
 from weights.keymaps import UNET_DIFFUSERS
-from weights.lora import OWN, LoRAEntry, LoRAFile, read_lora_header
+from weights.lora import FILE_NAME, OWN, LoRAEntry, LoRAFile, read_lora_header
 from weights.settings import parse_settings
 
 # diffusers calls these by keyword, which PEFT's layers do not take
@@ -138,6 +138,8 @@ def _check_free(path: Path, source: Path) -> None:
         return
     if path.samefile(source):
         raise UserError(f"{path} is the LoRA that is to be exported: give --out another name")
+    if path.name == FILE_NAME and (path.parent / "settings.json").is_file():
+        raise UserError(f"{path} is what a run has trained: give --out another name")
     try:
         kind = detect(path).kind if path.is_file() else "folder"
     except UserError as error:

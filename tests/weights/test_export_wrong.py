@@ -1,6 +1,7 @@
 """What cannot be exported is said, and nothing is written, nor written over."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -43,6 +44,10 @@ def test_exports_replace_exports_and_nothing_dearer(run, tmp_path):
         exported(folder, form, out, adapter="appearance")
     with pytest.raises(UserError, match="is the LoRA that is to be exported"):
         exported(folder, "own", folder / "lora.safetensors")
+    shutil.copytree(folder, tmp_path / "other")
+    (tmp_path / "other" / "settings.json").write_text("{}")
+    with pytest.raises(UserError, match="what a run has trained"):
+        exported(folder, "own", tmp_path / "other" / "lora.safetensors")
     (tmp_path / "notes.safetensors").write_text("my notes")
     save_file({"first_stage_model.decoder.conv_in.weight": torch.ones(4, 4, 3, 3),
                "first_stage_model.quant_conv.weight": torch.ones(8)}, tmp_path / "vae.safetensors")  # fmt: skip

@@ -1,7 +1,6 @@
 """`customttt merge`: a base with LoRAs inside, as a checkpoint for tools that know no LoRA."""
 
 import json
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,13 +14,14 @@ from lora import LoRALayer, adapter_names, remove_adapter
 from model import Recipe, UNetConfig, UserError
 from weights.command import run_command
 from weights.files import read_json, sha256, write_json
-from weights.folders import replacing
-from weights.load import Base, load_base, tokenizer_on_hub
+from weights.folders import check_folder, replacing
+from weights.load import Base, load_base
 from weights.lora import load_lora, lora_path, split_strength
 from weights.open import DTYPES, BaseSettings
 from weights.save import save_base
 from weights.save_ldm import save_ldm
 from weights.settings import parse_settings
+from weights.tokenizer import tokenizer_on_hub
 
 RECORD = "customttt.json"  # in a folder that is written here: what went in, and which files came out
 HEADER = "customttt_merge"  # the same in the headers of one-file checkpoints
@@ -106,9 +106,7 @@ def merge(settings: MergeSettings) -> Path:
 
 def _check_out(out: Path, inputs: Sequence[Path]) -> None:
     """A merge may replace a merge, and nothing that is dearer."""
-    home = next((parent for parent in out.parents if parent.exists()), out)
-    if not home.is_dir() or not os.access(home, os.W_OK):
-        raise UserError(f"{out} cannot be written: {home} is {'read-only' if home.is_dir() else 'no folder'}")
+    check_folder(out.parent, out)
     if not out.exists():
         return
     if not out.is_dir():

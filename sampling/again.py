@@ -23,7 +23,7 @@ PARTS = {
 }
 
 
-def generate_again(video: str | Path, base: Base | None = None, **changes: Any) -> list[Path]:
+def generate_again(video: str | Path, base: Base | None = None, /, **changes: Any) -> list[Path]:
     """Make a clip again from its record: the same file, bit for bit, on the same machine with the same versions.
 
     The clips that it was sampled with are sampled along (without `prompt`, `seed` or `batch_size` among the changes),
@@ -31,7 +31,7 @@ def generate_again(video: str | Path, base: Base | None = None, **changes: Any) 
 
     Args:
         video: the clip, or the .record.json beside it.
-        base: one that is loaded already; None loads what the record names.
+        base: one that is loaded already; None loads what the record names, or `base` among the changes.
         changes: settings of `GenerateSettings` that win over the record's; what they name is not checked against it.
             Without `out`, the file is the clip's with -again behind its name.
 
@@ -51,11 +51,13 @@ def generate_again(video: str | Path, base: Base | None = None, **changes: Any) 
             f"If the {SUFFIX} that was beside it is still there, give that to --from"
         )
     clip = video.with_name(video.name.removesuffix(SUFFIX))
-    settings, filled = settings_of(record, video, {"out": str(again_name(clip)), **changes})
+    settings, filled = settings_of(record, video, {"out": again_name(clip), **changes})
     try:
         check_files(record, video, settings, changes)
         jobs = clip_files(settings)
         base = base or open_base(replace(settings, **filled))
+    except UserError:
+        raise
     except (OSError, ValueError) as error:  # names that no file can have
         raise UserError(f"{video}: what its record names cannot be opened: {error}") from error
     if any(clip.exists() and file.exists() and file.samefile(clip) for _, _, file in jobs):
@@ -71,9 +73,11 @@ def generate_again(video: str | Path, base: Base | None = None, **changes: Any) 
     return [file for _, _, file in jobs]
 
 
-def again_name(clip: Path) -> Path:
-    """The name of a clip with -again behind it."""
-    return clip.with_name(f"{clip.name}-again" if clip.is_dir() else f"{clip.stem}-again{clip.suffix}")
+def again_name(clip: Path) -> str:
+    """The name of a clip with -again behind it; that of a folder ends in /."""
+    if clip.is_dir():
+        return f"{clip.with_name(f'{clip.name}-again')}/"
+    return str(clip.with_name(f"{clip.stem}-again{clip.suffix}"))
 
 
 def settings_of(record: Record, where: Path, changes: Mapping[str, Any]) -> tuple[GenerateSettings, dict[str, Any]]:

@@ -14,7 +14,7 @@ from lora import adapter_names, adapters, remove_adapter
 from model import UserError
 from sampling.origins import Clip, batches, left_open, origins
 from sampling.sample import sample_videos
-from sampling.write import check_writable, write_media
+from sampling.write import check_writable, is_folder_name, write_media
 from weights import (
     Base,
     BaseSettings,
@@ -117,6 +117,7 @@ def make_clips(
     # checked, and of one type each: 8 and 8.0 are one number, and two records
     settings = settings_from(GenerateSettings, asdict(settings), "settings")
     its = settings_from(GenerateSettings, {**asdict(settings), **filled}, "settings")
+    folder = is_folder_name(its.out)
     if check_writable(its.out) in (".png", ".jpg", ".jpeg") and its.num_frames != 1:
         raise UserError(
             f"{its.out} holds one picture, not {its.num_frames} frames: use .mp4, .gif or a folder, or one frame"
@@ -150,7 +151,7 @@ def make_clips(
                     record = asdict(Record(**told[file], **environment))
                     with atomic_write(record_file(file)) as temporary:  # both are replaced, or neither
                         temporary.write_text(json_text(record), encoding="utf-8")
-                        write_media(file, video, fps=its.fps, metadata=record)
+                        write_media(f"{file}/" if folder else file, video, fps=its.fps, metadata=record)
                     print(f"wrote {file}")
 
 
@@ -170,19 +171,20 @@ def clip_files(settings: GenerateSettings) -> list[tuple[str, int, Path]]:
     read_embeddings(settings.embedding)
     if settings.fps is not None and not 0.1 <= settings.fps <= 1000:
         raise UserError(f"fps must be from 0.1 to 1000, and is {settings.fps}")
-    out = Path(settings.out)
     check_writable(settings.out)
-    return numbered(settings.prompt, settings.seed, out)
+    return numbered(settings.prompt, settings.seed, settings.out)
 
 
-def numbered(prompts: Sequence[str], seeds: Sequence[int], out: Path) -> list[tuple[str, int, Path]]:
+def numbered(prompts: Sequence[str], seeds: Sequence[int], out: str) -> list[tuple[str, int, Path]]:
     """A clip for each prompt with each seed: both, and its file, which has numbers behind the name of `out` where there
     are several.
     """
+    path = Path(out)
     if len(prompts) * len(seeds) == 1:
-        return [(prompts[0], seeds[0], out)]
+        return [(prompts[0], seeds[0], path)]
+    stem, suffix = (path.name, "") if is_folder_name(out) else (path.stem, path.suffix)
     return [
-        (prompt, seed, out.with_name(f"{out.stem}-{number}-seed{seed}{out.suffix}"))
+        (prompt, seed, path.with_name(f"{stem}-{number}-seed{seed}{suffix}"))
         for number, prompt in enumerate(prompts, start=1)
         for seed in seeds
     ]

@@ -66,7 +66,7 @@ def check_writable(path: str | Path) -> str:
     if not Path(path).name or Path(path).name == "..":
         raise UserError(f"{str(path)!r} is no name for a file or a folder of frames.")
     check_folder(Path(path).parent, path)
-    if str(path).endswith(("/", os.sep)) or not suffix:
+    if is_folder_name(path):
         return "folder"
     if Path(path).is_dir():
         raise UserError(f"{path} is a folder, and a file of that name was to be written there.")
@@ -76,6 +76,11 @@ def check_writable(path: str | Path) -> str:
             "folder of frames."
         )
     return suffix
+
+
+def is_folder_name(path: str | Path) -> bool:
+    """Whether a name is that of a folder of frames: without a suffix, or ending in / (which a Path forgets)."""
+    return str(path).endswith(("/", os.sep)) or not Path(path).suffix
 
 
 def contact_sheet(frames: Tensor, columns: int | None = None) -> Tensor:

@@ -127,7 +127,7 @@ def up_to_date(settings: GenerateSettings) -> bool:
     Raises:
         UserError: a LoRA that is not there.
     """
-    clips = numbered(settings.prompt, settings.seed, Path(settings.out))
+    clips = numbered(settings.prompt, settings.seed, settings.out)
     return all(is_from(file, origin) for file, origin in origins(settings, batches(clips, settings.batch_size)).items())
 
 

@@ -13,7 +13,7 @@ from weights.command import run_command
 from weights.detect import FileKind, detect
 from weights.embeddings import KIND, token_in, vectors_in
 from weights.files import Header, TensorInfo, printable, read_header
-from weights.record import find_record
+from weights.record import SUFFIX, find_record
 
 # What files carry beside weights: positional tables, the noise schedule, copies for averaging, scales of LoRAs, the
 # numbers of tokens.
@@ -52,12 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def describe(path: str | Path) -> str:
     """What a file or folder is, as lines for people. Raises UserError where it cannot be told."""
     path = Path(path)
-    found = detect(path)
+    of_clip = path.name.endswith(SUFFIX) and path.is_file()
+    found = FileKind("record of a clip", note="It belongs in --from.") if of_clip else detect(path)
     lines = [("kind", ", ".join(filter(None, (found.kind, found.version, found.family))))]
     if found.kind == "run folder" and (path / "lora.safetensors").is_file():
         lines += _file_lines(path / "lora.safetensors", FileKind("customttt LoRA"))
+    elif of_clip:
+        lines += _record_lines(path)
     elif path.is_dir() and found.kind != "run folder":
-        lines += _folder_lines(path)
+        lines += [*_record_lines(path), *_folder_lines(path)]
     elif found.kind in ("image", "video") and path.is_file():
         lines += [("size", f"{path.stat().st_size:,} bytes"), *_record_lines(path)]
     elif path.is_file():

@@ -69,6 +69,8 @@ def find_record(path: str | Path) -> Record | None:
         UserError: a record that makes no sense, or a file that cannot be read.
     """
     path = Path(path)
+    if not path.name:  # "." and "/": nothing lies beside them
+        return None
     beside = path if path.suffix == ".json" else record_file(path)
     if beside is not path and path.is_file() and (table := _from_tag(path)) is not None:
         return _checked(table, path)

@@ -200,6 +200,8 @@ def test_several_prompts_and_seeds_are_numbered(tmp_path):
         "clips/teddy-2-seed1.mp4",
         "clips/teddy-2-seed7.mp4",
     ]
+    settings = GenerateSettings(prompt=["a"], out="clips/v1.5/", seed=[1, 7])
+    assert [file.name for _, _, file in clip_files(settings)] == ["v1.5-1-seed1", "v1.5-1-seed7"]
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def made(base, tmp_path):
     def make(name="clip.mp4", **changes):
         given = {"prompt": [PROMPT, "a ball"], "seed": [1, 2], "batch_size": 3, "steps": 2, "fps": 5, "eta": 0.5}
         lora = [f"{loras['appearance']}:0.7", loras["motion"]]
-        return generate_files(GenerateSettings(**{**given, "lora": lora, "out": str(tmp_path / name), **changes}), base)
+        return generate_files(GenerateSettings(**{**given, "lora": lora, "out": f"{tmp_path}/{name}", **changes}), base)
 
     make.lora = tmp_path / "motion.safetensors"
     return make
@@ -74,11 +74,13 @@ def test_a_clip_is_made_again_bit_for_bit_with_those_it_was_sampled_with(made, m
     assert numbers == {before}
 
 
-@pytest.mark.parametrize("name", ["clip.gif", "clip"])
+@pytest.mark.parametrize("name", ["clip.gif", "clip", "clip.v1/"])
 def test_clips_without_a_tag_are_made_again_from_the_json_beside_them(made, name):
     (clip,) = made(name, seed=[1], prompt=[PROMPT])
     (again,) = generate_again(clip)
-    assert again.name == name.replace("clip", "clip-again")
+    assert again.name == (f"{clip.name}-again" if clip.is_dir() else "clip-again.gif")
+    assert "generate --from" in describe(clip)
+    assert PROMPT in describe(record_file(clip))
     assert contents(again) == contents(clip)
 
 
@@ -121,7 +123,7 @@ def test_a_lora_that_is_another_or_gone_is_named(made, tmp_path, base):
     before = sorted(tmp_path.iterdir())
     digest = find_record(clip).files["lora"][str(made.lora)]
     shutil.copy(tmp_path / "appearance.safetensors", made.lora)
-    with pytest.raises(UserError, match=rf"motion\.safetensors is not what .* {digest}"):
+    with pytest.raises(UserError, match=rf"^\S*motion\.safetensors is not what .* {digest}"):
         generate_again(clip, base)
     made.lora.unlink()
     with pytest.raises(UserError, match=rf"motion\.safetensors \(SHA-256 {digest}\), which is not there.*--lora"):
@@ -129,6 +131,13 @@ def test_a_lora_that_is_another_or_gone_is_named(made, tmp_path, base):
     assert sorted(tmp_path.iterdir()) == [path for path in before if path != made.lora]
     (new,) = generate_again(clip, base, lora=[str(tmp_path / "appearance.safetensors")])
     assert list(find_record(new).files["lora"]) == [str(tmp_path / "appearance.safetensors")]
+
+
+def test_flags_name_another_base(plain, files, tmp_path):
+    folder, _ = plain
+    base = shutil.copytree(files.folder, tmp_path / "base")
+    main(["--from", str(folder / "c.mp4"), "--base", str(base), "--out", str(tmp_path / "new.mp4")])
+    assert find_record(tmp_path / "new.mp4").settings["base"] == str(base)
 
 
 def test_another_base_is_refused_by_its_parts_unless_asked_for(made, base):
@@ -159,6 +168,9 @@ def test_a_clip_of_others_and_the_clip_itself_are_refused(made, material, tmp_pa
     clip = made()[0]
     with pytest.raises(UserError, match="the clip itself"):
         generate_again(clip, out=str(clip))
+    for name in (".", "/", ""):
+        with pytest.raises(UserError, match="has no record"):
+            generate_again(name)
 
 
 HOSTILE = {

@@ -224,7 +224,7 @@ def loaded_loras(base: Base, arguments: Sequence[str], allow_partial: bool = Fal
 
 def main(argv: Sequence[str] | None = None) -> None:
     """`customttt generate`."""
-    about = "Generate clips, with any number of LoRAs; or make one again."
+    about = "Generate clips, with any number of LoRAs; or make one again (--from, which needs neither prompt nor out)."
     source = {"from": "a clip of this program, or the .record.json beside it: made again; flags win over its settings"}
     given = parse_given(GenerateSettings, argv, prog="customttt generate", description=about, sources=source)
     video = given.pop("from", None)

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from model.errors import UserError
 from weights.files import read_header, read_json
-from weights.fingerprints import FAMILY_OF_WIDTH, ROWS, Tensors
+from weights.kinds import FAMILY_OF_WIDTH, ROWS, Tensors
 from weights.peft_config import ADAPTER_FILES
 
 

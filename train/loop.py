@@ -8,9 +8,9 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from lion_pytorch import Lion
@@ -24,15 +24,19 @@ from model import UNet3D, UserError
 from sampling import derived_seed
 from train.folder import RunFolder
 
-# (step, its CPU generator) -> named losses, each backpropagated before the next one is computed
-Losses = Callable[[int, torch.Generator], Iterator[tuple[str, Tensor]]]
+# (step, its CPU generator) -> named losses, each backpropagated before the next one is computed; None is one that the
+# step leaves out, which the log calls nan
+Losses = Callable[[int, torch.Generator], Iterator[tuple[str, Tensor | None]]]
 
 BETAS = (0.9, 0.99)
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How the loop runs; see the flags of the same names in `train.settings`."""
+    """How the loop runs; see the flags of the same names in `train.settings`.
+
+    `rates` are learning rates of adapters, by name, that have one of their own.
+    """
 
     steps: int
     learning_rate: float
@@ -40,6 +44,7 @@ class LoopSettings:
     seed: int
     save_every: int
     preview_every: int
+    rates: Mapping[str, float] = field(default_factory=dict)
 
 
 def train(
@@ -64,8 +69,10 @@ def train(
         UserError: a loss or its gradient stopped being finite; the last good state stays on disk.
         KeyboardInterrupt: the run was asked to stop; its state is saved.
     """
+    rates = [settings.rates.get(name, settings.learning_rate) for name in names]
+    groups = [{"params": adapter_parameters(unet, name), "lr": lr} for name, lr in zip(names, rates, strict=True)]
     parameters = [p for name in names for p in adapter_parameters(unet, name)]
-    optimizer = Lion(parameters, lr=settings.learning_rate, betas=BETAS, weight_decay=settings.weight_decay)
+    optimizer = Lion(groups, lr=settings.learning_rate, betas=BETAS, weight_decay=settings.weight_decay)
     # Gradients of half-precision activations underflow in float16 alone; elsewhere the scaler does nothing.
     scaler = torch.amp.GradScaler(unet.device.type, enabled=unet.dtype == torch.float16)
     done = start = folder.restore(parameters, optimizer, scaler)
@@ -76,6 +83,9 @@ def train(
         generator = torch.Generator().manual_seed(derived_seed(settings.seed, "step", step))
         values = {}
         for name, loss in losses(step, generator):
+            if loss is None:
+                values[name] = math.nan
+                continue
             values[name] = loss.item()
             if not math.isfinite(values[name]):
                 raise UserError(f"the {name} is {values[name]}")

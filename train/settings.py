@@ -75,19 +75,15 @@ class TrainSettings(BaseSettings):
 
 
 @dataclass(kw_only=True)
-class AdapterSettings(TrainSettings):
-    """A run that trains one fresh LoRA.
+class FreshSettings(TrainSettings):
+    """A run that trains fresh LoRAs.
 
     Args:
-        layers: layers of the nine that are trained; not given: the base's (appearance 2 6, motion 2 5).
-        rank: of the LoRA; not given: the base's (32).
-        targets: its linear layers: attention and feed-forward (blocks), attention alone, or all with the projections.
+        rank: of a LoRA; not given: the base's (32).
         batch_size: pictures, or noisy copies of the clip, in a step; not given: the base's (1).
     """
 
-    layers: list[int] | None = None
     rank: int | None = None
-    targets: Literal["blocks", "attention", "all"] = "blocks"
     batch_size: int | None = None
 
     def loop(self) -> LoopSettings:
@@ -95,6 +91,19 @@ class AdapterSettings(TrainSettings):
         if self.batch_size is None or self.batch_size < 1:
             raise UserError(f"batch_size must be at least 1, and is {self.batch_size}")
         return super().loop()
+
+
+@dataclass(kw_only=True)
+class AdapterSettings(FreshSettings):
+    """A run that trains one fresh LoRA.
+
+    Args:
+        layers: layers of the nine that are trained; not given: the base's (appearance 2 6, motion 2 5).
+        targets: its linear layers: attention and feed-forward (blocks), attention alone, or all with the projections.
+    """
+
+    layers: list[int] | None = None
+    targets: Literal["blocks", "attention", "all"] = "blocks"
 
 
 def filled(settings: TrainSettings, base: Base, **defaults: Any) -> Any:

@@ -1,10 +1,10 @@
 """What the stages share: latents drawn anew each step, the student's prediction, previews."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +48,38 @@ def normal(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator).to(like.device)
 
 
+class Noised(NamedTuple):
+    """Latents at random diffusion steps, and what the network should say of them.
+
+    Args:
+        latents: noisy, (b, c, f, h, w) float32.
+        timesteps: (b,), on the CPU.
+        target: (b, c, f, h, w).
+    """
+
+    latents: Tensor
+    timesteps: Tensor
+    target: Tensor
+
+    def frame(self, k: int) -> "Noised":
+        """Frame k by itself, as clips of one frame."""
+        return Noised(self.latents[:, :, k : k + 1], self.timesteps, self.target[:, :, k : k + 1])
+
+
+def noised(schedule: NoiseSchedule, latents: Tensor, generator: torch.Generator, skew: float = 1.0) -> Noised:
+    """Clean latents (b, c, f, h, w) noised at a random t in [0, 1000); see `predict` for the arguments."""
+    timesteps = skewed_timesteps(len(latents), skew, schedule.num_train_timesteps, generator)
+    noise = normal(latents, generator)
+    noisy = schedule.add_noise(latents, noise, timesteps)
+    return Noised(noisy, timesteps, schedule.target(latents, noise, timesteps))
+
+
+def predict_noised(unet: UNet3D, noisy: Noised, text: Tensor, *, motion: bool = True) -> tuple[Tensor, Tensor]:
+    """The network's prediction for noised latents, and what it should be: (b, c, f, h, w) both."""
+    prediction = unet(noisy.latents.to(unet.dtype), noisy.timesteps.to(unet.device), text, motion=motion)
+    return prediction, noisy.target
+
+
 def predict(
     unet: UNet3D,
     schedule: NoiseSchedule,
@@ -72,11 +104,7 @@ def predict(
     Returns:
         Prediction and target, (b, c, f, h, w).
     """
-    timesteps = skewed_timesteps(len(latents), skew, schedule.num_train_timesteps, generator)
-    noise = normal(latents, generator)
-    noisy = schedule.add_noise(latents, noise, timesteps)
-    prediction = unet(noisy.to(unet.dtype), timesteps.to(unet.device), text, motion=motion)
-    return prediction, schedule.target(latents, noise, timesteps)
+    return predict_noised(unet, noised(schedule, latents, generator, skew), text, motion=motion)
 
 
 def train_adapter(
@@ -94,21 +122,28 @@ def train_adapter(
     Raises:
         UserError: layers that have no transformer of this kind, or what `run_stage` raises.
     """
-    generator = torch.Generator().manual_seed(derived_seed(settings.seed, "start", name))
-    add_adapter(
-        base.unet,
-        name,
-        kind,
-        settings.layers,
-        settings.rank,
-        targets=settings.targets,
-        dropout=settings.dropout,
-        generator=generator,
-    )
-    try:
+    with fresh_adapter(base.unet, name, kind, settings.layers, settings.targets, settings):
         return run_stage(base, {name: (settings.prompt, trigger)}, losses, settings, folder, inputs)
+
+
+@contextmanager
+def fresh_adapter(
+    unet: UNet3D, name: str, kind: str, layers: Sequence[int] | None, targets: str, settings: Any
+) -> Iterator[None]:
+    """Within the block a fresh adapter of the settings' rank and dropout is in the network, switched off.
+
+    Where its A starts depends on the settings' seed and its name alone. For the rest see `add_adapter`.
+
+    Raises:
+        UserError: layers that have no transformer of this kind, or a number out of its range.
+    """
+    generator = torch.Generator().manual_seed(derived_seed(settings.seed, "start", name))
+    options = {"targets": targets, "dropout": settings.dropout, "generator": generator}
+    add_adapter(unet, name, kind, layers, settings.rank, **options)
+    try:
+        yield
     finally:
-        remove_adapter(base.unet, name)
+        remove_adapter(unet, name)
 
 
 def run_stage(

@@ -14,6 +14,7 @@ COMMANDS = {
     "appearance": ("train.appearance", "stage 1: train a LoRA of a subject's looks on a few pictures"),
     "motion": ("train.motion", "stage 2: train a LoRA of the motion in one video"),
     "ttt": ("train.ttt", "stage 3: test-time training of both together"),
+    "joint": ("train.joint", "a baseline, MotionDirector's: train both LoRAs in the same steps"),
     "generate": ("sampling.generate", "generate clips, with any number of LoRAs"),
     "score": ("eval.score", "score clips: prompt, subject, consistency, motion"),
     "export": ("weights.export", "write a LoRA as a file of other tools"),

@@ -1,6 +1,7 @@
-"""Settings of small runs of stages 1 and 2 on the `material` of conftest.py."""
+"""Settings of small runs of stages 1 and 2, and of joint training, on the `material` of conftest.py."""
 
 from train.appearance import AppearanceSettings
+from train.joint import JointSettings
 from train.motion import MotionSettings
 
 
@@ -14,3 +15,9 @@ def motion(material, out, **changes):
     return MotionSettings(
         **{"video": str(material / "clip.mp4"), "prompt": "a man runs", "out": str(out), "steps": 3, **changes}
     )
+
+
+def joint(material, out, **changes):
+    photos = {"images": str(material / "photos"), "appearance_prompt": "a teddy bear"}
+    given = {"video": str(material / "clip.mp4"), "prompt": "a man runs", "out": str(out), "steps": 3}
+    return JointSettings(**{**photos, **given, **changes})

@@ -37,6 +37,7 @@ from train.appearance import train_appearance
 from train.data import clip_files as clip_files_of
 from train.data import read_clip, read_subject, subject_files
 from train.folder import RunFolder
+from train.joint import train_joint
 from train.motion import train_motion
 from train.run import up_to_date
 from train.ttt import train_ttt
@@ -54,7 +55,12 @@ from weights import (
 )
 from weights.folders import check_folder, locked
 
-TRAIN: dict[str, Callable[..., Path]] = {"appearance": train_appearance, "motion": train_motion, "ttt": train_ttt}
+TRAIN: dict[str, Callable[..., Path]] = {
+    "appearance": train_appearance,
+    "motion": train_motion,
+    "ttt": train_ttt,
+    "joint": train_joint,
+}
 COLUMNS = 8  # frames of a clip in contact sheets
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 import train.appearance
+import train.joint
 import train.motion
 import train.ttt
 from lora import adapter_names, add_adapter, copy_adapter, remove_adapter
@@ -22,7 +23,7 @@ def check_stages(stages: Mapping[str, Any], clips: GenerateSettings, base: Base)
     """Check each stage's numbers as the stage itself would; the network is left as it was.
 
     Args:
-        stages: settings of appearance, motion and ttt, or of some of them; ttt needs the other two.
+        stages: settings of appearance, motion and ttt, or of some of them; ttt needs the other two. Or of joint.
         clips: of what is generated in the end.
         base: that all of them run on.
 
@@ -53,6 +54,13 @@ def check_stages(stages: Mapping[str, Any], clips: GenerateSettings, base: Base)
         for name in (*entries, "student"):
             if name in adapter_names(base.unet):
                 remove_adapter(base.unet, name)
+    if "joint" in stages:
+        with table_named("joint"):
+            its = train.joint.with_defaults(stages["joint"], base)
+            its.loop()
+            train.joint.check_words(its)
+            with train.joint.both_adapters(base.unet, its):
+                pass
     with table_named("generate"):
         steps = base.recipe.sampling_steps if clips.steps is None else clips.steps
         check_sampling(base, steps, clips.spacing, clips.eta)

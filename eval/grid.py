@@ -22,6 +22,7 @@ from sampling import derived_seed, write_media
 from sampling.generate import GenerateSettings
 from train.appearance import AppearanceSettings
 from train.data import clip_files, subject_files
+from train.joint import JointSettings
 from train.motion import MotionSettings
 from train.ttt import TTTSettings
 from train.world import caption, render
@@ -78,20 +79,21 @@ def cells(settings: GridSettings, base: Base) -> list[Cell]:
             filmed = {file.name: sha256(file) for file in clip_files(reference).values()}
             for number, template in enumerate(settings.prompts):
                 prompt = template.replace("{subject}", subject.name).replace("{motion}", motion.name)
+                pictured = {"images": str(images), "trigger": subject.trigger}
+                words = subject.prompt or subject.name
+                moving = {"video": str(reference), "prompt": shown, **motion.frames}
                 known: dict[str, Stage] = {
                     "appearance": Stage(
-                        AppearanceSettings,
-                        f"appearance-{who}-s{seed}",
-                        {"images": str(images), "prompt": subject.prompt or subject.name, "trigger": subject.trigger},
-                        seen,
+                        AppearanceSettings, f"appearance-{who}-s{seed}", {**pictured, "prompt": words}, seen
                     ),
-                    "motion": Stage(
-                        MotionSettings,
-                        f"motion-{what}-s{seed}",
-                        {"video": str(reference), "prompt": shown, **motion.frames},
-                        filmed,
-                    ),
+                    "motion": Stage(MotionSettings, f"motion-{what}-s{seed}", moving, filmed),
                     "ttt": Stage(TTTSettings, f"ttt-{group}-s{seed}", {"prompt": prompt}, {}),
+                    "joint": Stage(
+                        JointSettings,
+                        f"joint-{group}-s{seed}",
+                        {**pictured, "appearance_prompt": words, **moving},
+                        {"images": seen, "video": filmed},
+                    ),
                 }
                 for arm in settings.arms:
                     stages = dict(_stages(settings, arm, known, seed, base))
@@ -113,13 +115,13 @@ class Stage:
         settings: its class.
         label: how its run's folder begins.
         fixed: flags.
-        contents: SHA-256 of what it trains on, by file name.
+        contents: SHA-256 of what it trains on, by file name (of joint, by flag and file name).
     """
 
     settings: type
     label: str
     fixed: Mapping[str, Any]
-    contents: Mapping[str, str]
+    contents: Mapping[str, Any]
 
 
 def _photos(settings: GridSettings, subject: Subject, seed: int, base: Base) -> Path:

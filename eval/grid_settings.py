@@ -10,7 +10,7 @@ from model import UserError
 from train.world import HELD_OUT_MOTIONS, HELD_OUT_SUBJECTS
 from weights import BaseSettings, settings_from
 
-STAGES = ("appearance", "motion", "ttt")
+STAGES = ("appearance", "motion", "ttt", "joint")
 PAPER_SCORES = ("clip_t", "clip_i", "temporal_consistency", "motion_fidelity")
 
 
@@ -74,8 +74,8 @@ class GridSettings(BaseSettings):
         groups: pairs of a subject and a motion, by short names (house+patrolling).
         prompts: what is generated; {subject} and {motion} stand for their names.
         seeds: of training and sampling; rendered photos and clips are drawn anew with each.
-        arms: in the file, by title, tables of flags of the stages that an arm has: appearance, motion, ttt (an empty
-            one: the base's own settings), and generate.
+        arms: in the file, by title, tables of flags of the stages that an arm has: appearance, motion, ttt, or joint
+            (an empty one: the base's own settings), and generate.
         compare: differences to report, "one arm - another".
         clips: of each cell, from different noise.
         scores: in the file, a table of the scorers' flags of `customttt score`: clip, tracker, lpips, ...
@@ -150,6 +150,8 @@ def _check_arms(settings: GridSettings) -> None:
         if unknown or ("ttt" in tables and not {"appearance", "motion"} <= set(tables)):
             what = f"{min(unknown)} is no stage" if unknown else "ttt needs appearance and motion"
             raise UserError(f"arms: {arm}: {what}; the stages are {', '.join(STAGES)}, and generate")
+        if "joint" in tables and set(tables) & set(STAGES) != {"joint"}:
+            raise UserError(f"arms: {arm}: joint trains both LoRAs by itself, and goes with no other stage")
     if len({slug_of(arm) for arm in settings.arms}) < len(settings.arms):
         raise UserError("arms: two titles differ in signs alone: their folders would be the same")
     for arm, printed in settings.paper.items():

@@ -9,6 +9,7 @@ ARMS = {
     "both": {"appearance": QUICK, "motion": QUICK},
     "TTT": {"appearance": QUICK, "motion": QUICK, "ttt": {"steps": "1"}},
     "other layers": {"appearance": {**QUICK, "layers": ["0", "1"]}, "motion": QUICK},
+    "joint": {"joint": QUICK},
 }
 
 

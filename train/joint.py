@@ -107,8 +107,8 @@ def train_joint(settings: JointSettings, base: Base | None = None) -> Path:
     def losses(step: int, generator: torch.Generator) -> Iterator[tuple[str, Tensor | None]]:
         masked = torch.rand((), generator=generator).item() < MASKED
         clips = noised(base.schedule, draw(latents, generator), generator, full.timestep_skew)
-        shown, words = pictures(clips, generator)
-        yield "appearance_loss", None if masked else noise_loss(*predict_noised(unet, shown, words, motion=False))
+        shown, caption = pictures(clips, generator)
+        yield "appearance_loss", None if masked else noise_loss(*predict_noised(unet, shown, caption, motion=False))
         with fixed(unet, "appearance"), adapters(unet, {"appearance": float(not masked), "motion": 1.0}):
             yield "motion_loss", motion_loss(*predict_noised(unet, clips, text), generator)
 

@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 
 import eval.ablate
 from eval.ablate import ablate
+from eval.checks import KIND_OF
 from eval.grid import cells
-from eval.grid_settings import GridSettings
-from model import UserError
+from eval.grid_settings import GridSettings, check_grid
+from lora import adapter_parameters, add_adapter
+from model import SD15_V3, UNet3D, UserError
 from sampling import read_video
 from sampling.generate import loaded_loras
 from weights import parse_settings
@@ -43,7 +45,7 @@ def test_a_grid_trains_each_run_once_scores_every_cell_and_goes_on_where_it_stop
     assert len(sampled) == 2 * len(ARMS) + 1
     grid = tmp_path / "grid"
     trained = sorted(path.name.rsplit("-", 1)[0] for path in (grid / "runs").iterdir())
-    expected = ["appearance-toy-s0", "appearance-toy-s0", "motion-roll-s0", "ttt-toy+roll-s0"]
+    expected = ["appearance-toy-s0", "appearance-toy-s0", "joint-toy+roll-s0", "motion-roll-s0", "ttt-toy+roll-s0"]
     assert trained == sorted(expected + [name.replace("s0", "s1") for name in expected])
     results = json.loads((grid / "results.json").read_text())["cells"]
     assert [(its["arm"], its["seed"]) for its in results] == [(arm, seed) for seed in (0, 1) for arm in ARMS]
@@ -80,6 +82,11 @@ def test_arms_start_from_the_same_noise_and_differ_by_their_loras_alone(base, tm
     assert by_arm["other layers"].stages["motion"].out == by_arm["both"].stages["motion"].out
     assert by_arm["looks"].stages["appearance"].trigger == "toy"
     assert by_arm["both"].stages["motion"].prompt == "a ball is rolling"
+    its, both = by_arm["joint"].stages["joint"], by_arm["both"].stages
+    looks, moves = both["appearance"], both["motion"]
+    assert (its.images, its.appearance_prompt, its.trigger) == (looks.images, looks.prompt, looks.trigger)
+    assert (its.video, its.prompt, its.seed) == (moves.video, moves.prompt, moves.seed)
+    assert by_arm["joint"].clips.lora == [its.out]
 
 
 def test_rendered_inputs_are_drawn_anew_with_each_seed(small, tmp_path, material):
@@ -111,6 +118,10 @@ def test_rendered_inputs_are_drawn_anew_with_each_seed(small, tmp_path, material
         ({"prompts": ["a {dog}"]}, "nothing else in braces"),
         ({"arms": {"a": {"looks": {}}}}, "looks is no stage"),
         ({"arms": {"a": {"motion": {}, "ttt": {}}}}, "ttt needs appearance and motion"),
+        ({"arms": {"a": {"joint": {}, "motion": {}}}}, "joint trains both LoRAs by itself"),
+        ({"arms": {"a": {"joint": {"video": "x"}}}}, "joint: video is what the grid decides"),
+        ({"arms": {"a": {"joint": {"appearance_learning_rate": "0"}}}}, "arms: a: joint: appearance_learning_rate"),
+        ({"arms": {"a": {"joint": {"rank": "0"}}}}, "arms: a: joint: rank must be at least 1"),
         ({"arms": {"a b": {}, "A-B": {}}}, "folders would be the same"),
         ({"arms": {"a - b": {}}}, "without ' - '"),
         ({"arms": {None: {}}}, "None is no title"),
@@ -153,6 +164,24 @@ def test_the_grid_of_the_tiny_results_is_one(tmp_path):
     assert {"without TTT", "TTT, 5 reference steps", "TTT, 10 reference steps"} <= set(settings.arms)
 
 
+def test_the_grid_of_the_papers_table_1_is_one_and_its_arms_have_the_papers_parameters(tmp_path):
+    """12.12 M, 30.46 M, and 28.86 M where the paper prints 28.26 M, at Stable Diffusion's width and rank 32."""
+    file = Path(__file__).parents[2] / "docs" / "results" / "tiny-table1.yaml"
+    settings = parse_settings(GridSettings, ["--config", str(file), "--out", str(tmp_path)])
+    check_grid(settings)
+    assert {arm: "joint" in stages for arm, stages in settings.arms.items()} == {
+        "Full LoRA": False,
+        "DiffDirector": True,
+        "CustomTTT": False,
+    }
+    full = settings.arms["Full LoRA"]
+    with torch.device("meta"):
+        unet = UNet3D(SD15_V3)
+        for stage, kind in KIND_OF.items():
+            add_adapter(unet, stage, kind, map(int, full[stage]["layers"]), rank=32)
+    assert sum(p.numel() for stage in KIND_OF for p in adapter_parameters(unet, stage)) == 28_864_512
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_an_arm_without_loras_generates_with_the_base_alone(base, tmp_path, material):
     settings = settings_for(tmp_path, material, arms={"base": {}}, seeds=[0], compare=[], clips=1)
@@ -179,6 +208,7 @@ def test_what_is_changed_in_a_grid_is_made_anew_and_nothing_stale_is_used(small,
         {"subjects": {"it": {"name": "a zor", "rendered": "0", "trigger": "zor"}}},
         {"arms": {"both": {"appearance": {"rank": "3"}, "motion": {}}}},
         {"arms": {"both": {"appearance": {}, "motion": {}, "generate": {"steps": "7"}}}},
+        {"arms": {"both": {"joint": {}}}},
     ]
     for change in changes:
         [other] = cells(settings_for(tmp_path, material, **{**told, **change}), small)

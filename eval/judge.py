@@ -13,9 +13,8 @@ from tqdm import tqdm
 
 from eval.reading import ATTRIBUTES, ClipReading, Judge, load_judge, read_clip, read_path, tracks
 from model import UserError
-from sampling import decode, derived_seed
+from sampling import decode, derived_seed, encode_videos
 from train.pretrain import pretrain
-from train.stage import encode_videos
 from train.world import (
     BACKGROUNDS,
     COLOURS,

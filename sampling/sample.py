@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model import UserError
+from model import LatentDistribution, UserError
 from sampling.ddim import ddim_sample
 from sampling.guidance import guided
 from sampling.media import check_size
@@ -32,6 +32,9 @@ def sample_latents(
     motion: bool = True,
     shared_noise: bool = False,
     only_first: int | None = None,
+    inverted: Tensor | None = None,
+    noise_prior: float = 1.0,
+    only_last: int | None = None,
     progress: str | None = None,
 ) -> Tensor:
     """Sample the scaled latents of a clip for each embedded prompt, with the adapters that are on.
@@ -51,6 +54,10 @@ def sample_latents(
         motion: False bypasses the motion modules.
         shared_noise: all frames of a clip start from the same noise.
         only_first: stop after so many of the steps.
+        inverted: a clip's inverted latents (1, 4, f, h / 8, w / 8), from which all clips start; frames and sizes are
+            theirs then.
+        noise_prior: their share of the start's variance; the rest is the seed's noise, see `mixed_noise`.
+        only_last: leave out all but so many of the steps; `inverted` is then of the level where they start.
         progress: label of a progress bar, None for none.
 
     Returns:
@@ -69,6 +76,8 @@ def sample_latents(
     if frames < 1:
         raise UserError(f"num_frames must be at least 1, and is {frames}")
     shape = (unet.config.in_channels, frames, height // base.vae.config.factor, width // base.vae.config.factor)
+    if inverted is not None:
+        shape = tuple(inverted.shape[1:])
 
     def noise(stream: int) -> Tensor:
         return torch.cat([draw_noise(seed, shape, stream, shared_noise) for seed in seeds]).to(unet.device)
@@ -76,13 +85,14 @@ def sample_latents(
     with evaluating(unet):
         return ddim_sample(
             guided(unet, text, negative, scale, motion=motion),
-            noise(0),
+            noise(0) if inverted is None else mixed_noise(inverted.to(unet.device), noise(0), noise_prior),
             base.schedule,
             steps,
             spacing=spacing,
             eta=eta,
             step_noise=lambda step: noise(step + 1),
             only_first=only_first,
+            only_last=only_last,
             progress=progress,
         )
 
@@ -114,6 +124,14 @@ def encode(base: Base, prompts: Sequence[str]) -> Tensor:
     """Embeddings (b, n, d) of the prompts, where and how the UNet wants them."""
     with placed(base.text, base.unet.device):
         return base.embed(prompts).to(base.unet.device, base.unet.dtype)
+
+
+@torch.no_grad()
+def encode_videos(base: Base, videos: Tensor) -> LatentDistribution:
+    """Mean and spread of the scaled latents of videos (b, 3, f, h, w) in [-1, 1], float32 on the UNet's device."""
+    with placed(base.vae, base.unet.device):
+        latents = base.vae.encode_latents(videos.to(base.unet.device, base.vae.dtype))
+    return LatentDistribution(latents.mean.float(), latents.std.float())
 
 
 @torch.no_grad()
@@ -153,6 +171,25 @@ def draw_noise(seed: int, shape: tuple[int, ...], stream: int = 0, shared: bool 
     number = derived_seed(seed, "sampling", stream) if stream else seed
     noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(number))
     return noise[:, :, :1].expand_as(noise).contiguous() if shared else noise
+
+
+def mixed_noise(inverted: Tensor, noise: Tensor, share: float) -> Tensor:
+    """MotionDirector's noise prior: sqrt(share) * inverted + sqrt(1 - share) * noise, of variance 1 if both are.
+
+    A little of a clip's inverted latents keeps its layout and motion, and leaves the rest to the seed: MotionDirector
+    takes 0.1 to 0.5 with a LoRA of one video, and 0 with one of several.
+
+    Args:
+        inverted: latents that `ddim_invert` gave, (1 or b, c, f, h, w).
+        noise: standard normal, (b, c, f, h, w).
+        share: from 0 (noise alone) to 1 (inverted latents alone).
+
+    Raises:
+        UserError: a share out of range.
+    """
+    if not 0 <= share <= 1:
+        raise UserError(f"the noise prior must be from 0 to 1, and is {share}")
+    return share**0.5 * inverted + (1 - share) ** 0.5 * noise
 
 
 def derived_seed(*parts: int | str) -> int:

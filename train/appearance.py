@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from model import LatentDistribution, UserError
-from sampling import encode
+from sampling import encode, encode_videos
 from train.data import read_subject, subject_files
 from train.folder import RunFolder
 from train.losses import noise_loss
 from train.settings import AdapterSettings, filled
-from train.stage import draw, encode_videos, predict, train_adapter
+from train.stage import draw, predict, train_adapter
 from weights import Base, open_base, parse_settings, run_command, with_source
 
 

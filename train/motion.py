@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from model import LatentDistribution
-from sampling import encode
+from sampling import encode, encode_videos
 from train.data import clip_files, read_clip
 from train.folder import RunFolder
 from train.losses import motion_loss
 from train.settings import AdapterSettings, filled
-from train.stage import draw, encode_videos, predict, train_adapter
+from train.stage import draw, predict, train_adapter
 from weights import Base, open_base, parse_settings, run_command, with_source
 
 

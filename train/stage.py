@@ -20,17 +20,6 @@ from weights import Base, placed, write_json
 from weights.folders import locked
 
 
-@torch.no_grad()
-def encode_videos(base: Base, videos: Tensor) -> LatentDistribution:
-    """Mean and spread of the scaled latents of videos (b, 3, f, h, w) in [-1, 1], float32 on the UNet's device.
-
-    Done once, before the first step: a step only draws from it.
-    """
-    with placed(base.vae, base.unet.device):
-        latents = base.vae.encode_latents(videos.to(base.unet.device, base.vae.dtype))
-    return LatentDistribution(latents.mean.float(), latents.std.float())
-
-
 @contextmanager
 def set_aside(base: Base) -> Iterator[None]:
     """Within the block the VAE and the text encoder are on the CPU: the training steps need neither."""

@@ -10,11 +10,11 @@ from small_runs import appearance, motion
 
 from lora import adapter_names
 from model import NoiseSchedule, UserError
-from sampling import encode, read_video, sample_videos
+from sampling import encode, encode_videos, read_video, sample_videos
 from sampling.generate import GenerateSettings, generate_files
 from train.appearance import AppearanceSettings, train_appearance
 from train.motion import MotionSettings, train_motion
-from train.stage import encode_videos, predict
+from train.stage import predict
 from weights import load_base, read_lora_header
 
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "ttt": ("train.ttt", "stage 3: test-time training of both together"),
     "joint": ("train.joint", "a baseline, MotionDirector's: train both LoRAs in the same steps"),
     "generate": ("sampling.generate", "generate clips, with any number of LoRAs"),
+    "edit": ("sampling.edit", "make a video anew with other words, frame by frame"),
     "score": ("eval.score", "score clips: prompt, subject, consistency, motion"),
     "export": ("weights.export", "write a LoRA as a file of other tools"),
     "merge": ("weights.merge", "write a base with LoRAs inside, for tools that know no LoRA"),

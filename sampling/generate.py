@@ -80,12 +80,13 @@ class GenerateSettings(BaseSettings):
     batch_size: int = 1
 
 
-def generate_files(settings: GenerateSettings, base: Base | None = None) -> list[Path]:
+def generate_files(settings: GenerateSettings, base: Base | None = None, **more: Any) -> list[Path]:
     """Generate every prompt with every seed and write the clips.
 
     Args:
         settings: what, how and where to.
         base: one that is loaded already; None loads what the settings name.
+        more: further options of `sample_latents`: where sampling starts, if not from noise.
 
     Returns:
         The files written, prompts outermost.
@@ -96,12 +97,12 @@ def generate_files(settings: GenerateSettings, base: Base | None = None) -> list
     settings = with_source(settings, base)
     jobs = clip_files(settings)
     base = base or open_base(settings)
-    make_clips(settings, base, batches(jobs, settings.batch_size), left_open(settings, base))
+    make_clips(settings, base, batches(jobs, settings.batch_size), left_open(settings, base), **more)
     return [file for _, _, file in jobs]
 
 
 def make_clips(
-    settings: GenerateSettings, base: Base, batched: Sequence[Sequence[Clip]], filled: Mapping[str, Any]
+    settings: GenerateSettings, base: Base, batched: Sequence[Sequence[Clip]], filled: Mapping[str, Any], **more: Any
 ) -> None:
     """Sample the clips of each batch at once and write those that have a file, each with its record.
 
@@ -110,13 +111,14 @@ def make_clips(
         base: what the settings name.
         batched: the clips.
         filled: what takes the place of settings, see `left_open`.
+        more: further options of `sample_latents`.
 
     Raises:
         UserError: as `generate_files`.
     """
     # checked, and of one type each: 8 and 8.0 are one number, and two records
-    settings = settings_from(GenerateSettings, asdict(settings), "settings")
-    its = settings_from(GenerateSettings, {**asdict(settings), **filled}, "settings")
+    settings = settings_from(type(settings), asdict(settings), "settings")
+    its = settings_from(type(settings), {**asdict(settings), **filled}, "settings")
     folder = is_folder_name(its.out)
     if check_writable(its.out) in (".png", ".jpg", ".jpeg") and its.num_frames != 1:
         raise UserError(
@@ -125,7 +127,7 @@ def make_clips(
     if base.unet.config.motion is None and its.num_frames != 1:
         warnings.warn(f"without --motion_module nothing ties the {its.num_frames} frames together", stacklevel=3)
     names = ("num_frames", "height", "width", "steps", "guidance_scale", "negative_prompt", "eta", "spacing")
-    options = {name: getattr(its, name) for name in names}
+    options = {name: getattr(its, name) for name in names} | more
     assert its.fps is not None  # it is filled in
     told = origins(settings, batched)
     now = versions(base.device)

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from lora import adapter_parameters, adapters
 from model import LatentDistribution, UNet3D, UserError
-from sampling import encode
+from sampling import encode, encode_videos
 from train.data import clip_files, read_clip, read_subject, subject_files
 from train.folder import RunFolder
 from train.loop import LoopSettings
 from train.losses import motion_loss, noise_loss
 from train.settings import FreshSettings, filled
-from train.stage import Noised, draw, encode_videos, fresh_adapter, noised, predict_noised, run_stage
+from train.stage import Noised, draw, fresh_adapter, noised, predict_noised, run_stage
 from weights import Base, open_base, parse_settings, run_command, with_source
 
 MASKED = 0.2  # share of the steps that leave the appearance LoRA out

@@ -12,6 +12,7 @@ COMMANDS = {
     "demo": ("eval.demo", "a first look: inputs, all stages, and a page that shows what came of it"),
     "run": ("train.run", "all four steps from one file"),
     "appearance": ("train.appearance", "stage 1: train a LoRA of a subject's looks on a few pictures"),
+    "absorber": ("train.absorber", "learn a clip's looks, so that its motion LoRA need not"),
     "motion": ("train.motion", "stage 2: train a LoRA of the motion in one video"),
     "ttt": ("train.ttt", "stage 3: test-time training of both together"),
     "joint": ("train.joint", "a baseline, MotionDirector's: train both LoRAs in the same steps"),

@@ -113,7 +113,7 @@ def write_inputs(settings: DemoSettings, plan: Plan, base: Base) -> None:
     if settings.video is None:
         clip = reference_clip(settings.motion_number, frames, height, settings.seed)
     else:
-        clip = read_frames(plan.moves, base)
+        [clip] = read_frames(plan.moves, base)
     if settings.images is None:
         pictures, _ = photos(settings.subject_number, height, settings.seed)
     else:

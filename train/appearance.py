@@ -71,7 +71,7 @@ def train_appearance(settings: AppearanceSettings, base: Base | None = None) -> 
         pair = predict(base.unet, schedule, pictures, text[i], generator, motion=False, skew=full.timestep_skew)
         yield "loss", noise_loss(*pair)
 
-    return train_adapter(base, "appearance", "spatial", losses, full, folder, inputs, full.trigger)
+    return train_adapter(base, "appearance", "spatial", losses, full, folder, inputs, (full.prompt, full.trigger))
 
 
 def with_defaults(settings: AppearanceSettings, base: Base) -> Any:

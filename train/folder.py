@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 from model import UserError
 from train.states import add_row, cut_log, restore_state, save_state, states
 from weights import Base, read_json, save_lora, save_settings, sha256, write_json
+from weights.embeddings import Embedding, save_embedding
 from weights.folders import UNFINISHED, check_folder, remove_leftovers
 from weights.lora import FILE_NAME
 
@@ -20,15 +21,17 @@ from weights.lora import FILE_NAME
 FREE = {"out", "device", "save_every", "preview_every", "preview_prompt", "gradient_checkpointing"} | {
     *("images", "video", "appearance", "motion"),
 }
+TOKEN_FILE = "embedding.safetensors"  # a learned token's, beside the LoRA or alone
 PARTS = {"unet", "motion_module", "vae", "text_encoder"}  # of a base, as `Base.fingerprints` names them
 
 
 class RunFolder:
     """Where one run keeps what it needs to be stopped, resumed and understood."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, results: Sequence[str] = (FILE_NAME,)) -> None:
         self.path = Path(path)
         self.lora = self.path / FILE_NAME
+        self.results = [self.path / name for name in results]  # what a finished run has written, in this order
         self.state = self.path / "state.pt"
         self.log_file = self.path / "log.csv"
         self.left_out: list[str] = []
@@ -45,9 +48,9 @@ class RunFolder:
         """
         self.left_out = [key for key, value in dataclasses.asdict(settings).items() if value is None]
         self._check(settings, {name: sha256(path) for name, path in inputs.items()})
-        if self.lora.is_file():
+        if self._done():
             self._clean()
-        return self.lora.is_file()
+        return self._done()
 
     def begin(self, settings: Any, inputs: Mapping[str, Path], base: Base) -> None:
         """Write down the settings, all filled in, and what tells inputs and base from others.
@@ -112,16 +115,21 @@ class RunFolder:
             "new --out may help; if the first step fails, the base's weights or the training data are damaged"
         )
 
-    def finish(self, base: Base, words: Mapping[str, tuple[str, str]], settings: Any) -> None:
-        """Write the LoRA (see `save_lora` for `words`) and remove the state."""
+    def finish(
+        self, base: Base, words: Mapping[str, tuple[str, str]], settings: Any, token: Embedding | None = None
+    ) -> None:
+        """Write the token, if one was learned, the LoRA (see `save_lora` for `words`), and remove the state."""
         record = dataclasses.asdict(settings)
-        save_lora(self.lora, base.unet, words, base=base.name, fingerprints=base.fingerprints, settings=record)
+        if token is not None:
+            save_embedding(self.path / TOKEN_FILE, token, {"prompt": settings.prompt, "base": base.name})
+        if words:
+            save_lora(self.lora, base.unet, words, base=base.name, fingerprints=base.fingerprints, settings=record)
         self._clean()
 
     def _check(self, settings: Any, present: Mapping[str, str]) -> None:
         if self.path.is_file():
             raise UserError(f"{self.path} is a file: give --out the name of a new folder")
-        if not self.lora.is_file():
+        if not self._done():
             check_folder(self.path)
         if not self._is_run():
             names = {path.name for path in self.path.glob("*") if not path.name.startswith(UNFINISHED)}
@@ -146,6 +154,9 @@ class RunFolder:
                 f"{self.path} holds a run with other settings: {', '.join(changed)}. Give --out a new name, or delete "
                 "that folder if the run in it is not wanted any more"
             )
+
+    def _done(self) -> bool:
+        return all(file.is_file() for file in self.results)
 
     def _is_run(self) -> bool:
         return (self.path / "settings.json").is_file()

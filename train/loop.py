@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from lion_pytorch import Lion
@@ -54,24 +55,27 @@ def train(
     settings: LoopSettings,
     folder: RunFolder,
     preview: Callable[[int], None] | None = None,
+    further: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Train the adapters `names`, switched on together at scale 1, with Lion (Chen et al. 2023).
 
     Args:
-        unet: the network; nothing but those adapters' parameters may require gradients.
+        unet: the network; nothing but those adapters' parameters and `further` ones may require gradients.
         names: the adapters.
         losses: gives the losses of a step, from its number and a CPU generator that depends on seed and step.
         settings: steps, rates, seed, and how often to save and show.
         folder: where state, log and previews go; a state in it is taken up.
         preview: called after every `preview_every` steps with their number.
+        further: groups of other parameters, each with rates of its own, as torch's optimizers take them.
 
     Raises:
         UserError: a loss or its gradient stopped being finite; the last good state stays on disk.
         KeyboardInterrupt: the run was asked to stop; its state is saved.
     """
     rates = [settings.rates.get(name, settings.learning_rate) for name in names]
-    groups = [{"params": adapter_parameters(unet, name), "lr": lr} for name, lr in zip(names, rates, strict=True)]
-    parameters = [p for name in names for p in adapter_parameters(unet, name)]
+    own = [adapter_parameters(unet, name) for name in names]
+    groups = [*({"params": its, "lr": lr} for its, lr in zip(own, rates, strict=True)), *further]
+    parameters = [p for group in groups for p in group["params"]]
     optimizer = Lion(groups, lr=settings.learning_rate, betas=BETAS, weight_decay=settings.weight_decay)
     # Gradients of half-precision activations underflow in float16 alone; elsewhere the scaler does nothing.
     scaler = torch.amp.GradScaler(unet.device.type, enabled=unet.dtype == torch.float16)

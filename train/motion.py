@@ -5,45 +5,54 @@ python -m train.motion --base sd15.safetensors --motion_module v3_sd15_mm.ckpt -
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model import LatentDistribution
-from sampling import encode, encode_videos
+from lora import adapters
+from model import LatentDistribution, UserError
+from sampling import encode_videos
+from train.absorbed import absorbed, encode_with, find_absorber, plain, warn_of_strangers
 from train.data import clip_files, read_clip
 from train.folder import RunFolder
 from train.losses import motion_loss
-from train.settings import AdapterSettings, filled
+from train.settings import ClipSettings, filled
 from train.stage import draw, predict, train_adapter
 from weights import Base, open_base, parse_settings, run_command, with_source
 
+NAME = "motion"  # of the adapter
+
 
 @dataclass(kw_only=True)
-class MotionSettings(AdapterSettings):
-    """Stage 2: the motion of one video.
+class MotionSettings(ClipSettings):
+    """Stage 2: the motion of one video, or the one that several share.
 
     Args:
-        video: any video, or a folder of frames.
         prompt: what is to be seen in it ("a man is playing guitar").
-        fps: take frames at this rate; not given: every frame_step-th frame.
-        frame_step: take every n-th frame.
-        start: seconds into the video.
         debiased: add MotionDirector's appearance-debiased term to the loss (our reading); false is the plain noise MSE.
+        clip_frames: frames to read, of which a step sees num_frames in a row, from a random one on; not given:
+            num_frames.
+        absorbers: what holds the looks while the motion is learned (Customize-A-Video): run folders of train.absorber,
+            LoRAs of any tool, textual-inversion files, or a DreamBooth checkpoint, each with a strength behind a colon
+            if not 1. Their tokens must be in the prompt.
+        more_videos: other videos of the same motion; the absorbers are then one for each video, in this order.
+        more_prompts: what is to be seen in those; not given: the prompt.
     """
 
-    video: str
-    fps: float | None = None
-    frame_step: int = 1
-    start: float = 0.0
     debiased: bool = True
+    clip_frames: int | None = None
+    absorbers: list[str] = field(default_factory=list)
+    more_videos: list[str] = field(default_factory=list)
+    more_prompts: list[str] = field(default_factory=list)
 
 
 def train_motion(settings: MotionSettings, base: Base | None = None) -> Path:
-    """Train dW_t on an ordered clip with the full network (CustomTTT, section 3.1; supplement, Table 2).
+    """Train dW_t on ordered clips with the full network (CustomTTT, section 3.1; Customize-A-Video, section 3.3).
+
+    Absorbers are on and frozen while it trains, and are not part of what is written.
 
     Args:
         settings: of the run.
@@ -55,35 +64,77 @@ def train_motion(settings: MotionSettings, base: Base | None = None) -> Path:
     Raises:
         UserError: bad settings or files, an --out of another run, or a loss that is not finite.
     """
-    folder, inputs = RunFolder(settings.out), clip_files(settings.video)
+    folder, inputs = RunFolder(settings.out), motion_files(settings)
     settings = with_source(settings, base)
     if folder.is_done(settings, inputs):
         return folder.lora
 
     base = base or open_base(settings)
     full = with_defaults(settings, base)
-    frames = read_frames(settings, base)
-    clip, text = encode_videos(base, frames.transpose(0, 1)[None]), encode(base, [full.prompt])
-    copies = [0] * full.batch_size
-    latents, text = LatentDistribution(clip.mean[copies], clip.std[copies]), text[copies]
+    clips = [encode_videos(base, frames.transpose(0, 1)[None]) for frames in read_frames(settings, base)]
+    with absorbed(base, [find_absorber(argument) for argument in full.absorbers]) as looks:
+        sides = [looks] if len(clips) == 1 else [[its] for its in looks] or [[] for _ in clips]
+        prompts = [full.prompt, *(full.more_prompts or [full.prompt] * (len(clips) - 1))]
+        texts = [encode_with(base, side, prompt) for side, prompt in zip(sides, prompts, strict=True)]
+        on = [{name: scale for its in side for name, scale in its.scales.items()} for side in sides]
 
-    def losses(step: int, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
-        clips = draw(latents, generator)
-        prediction, target = predict(base.unet, base.schedule, clips, text, generator, skew=full.timestep_skew)
-        yield "loss", motion_loss(prediction, target, generator, full.debiased)
+        def losses(step: int, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+            i = int(torch.randint(len(clips), (), generator=generator)) if len(clips) > 1 else 0
+            latents = draw(windows(clips[i], full.num_frames, full.batch_size, generator), generator)
+            text = texts[i].expand(full.batch_size, -1, -1)
+            with adapters(base.unet, {NAME: 1.0, **on[i]}):
+                pair = predict(base.unet, base.schedule, latents, text, generator, skew=full.timestep_skew)
+                yield "loss", motion_loss(*pair, generator, full.debiased)
 
-    return train_adapter(base, "motion", "temporal", losses, full, folder, inputs)
+        prompt = plain(full.prompt, [its.token for its in looks if its.token is not None])
+        return train_adapter(base, NAME, "temporal", losses, full, folder, inputs, (prompt, ""))
 
 
-def read_frames(settings: MotionSettings, base: Base) -> Tensor:
-    """The clip as the settings ask for it: (num_frames, 3, height, width) in [-1, 1].
+def windows(clip: LatentDistribution, length: int, count: int, generator: torch.Generator) -> LatentDistribution:
+    """`count` stretches of `length` frames of a clip's latents, each from a random frame on."""
+    spare = clip.mean.shape[2] - length
+    starts = torch.randint(spare + 1, (count,), generator=generator).tolist() if spare else [0] * count
+    cut = [torch.cat([whole[:, :, start : start + length] for start in starts]) for whole in (clip.mean, clip.std)]
+    return LatentDistribution(*cut)
+
+
+def motion_files(settings: MotionSettings) -> dict[str, Path]:
+    """The files that a run depends on, by name: videos and absorbers.
+
+    Raises:
+        UserError: one that is not there, or numbers of videos, prompts and absorbers that do not go together; a warning
+            where an absorber was trained on another clip than the one it serves.
+    """
+    further = len(settings.more_videos)
+    if settings.more_prompts and len(settings.more_prompts) != further:
+        raise UserError(f"{len(settings.more_prompts)} --more_prompts for {further} --more_videos: give one for each")
+    if further and settings.absorbers and len(settings.absorbers) != further + 1:
+        raise UserError(
+            f"{len(settings.absorbers)} absorbers for {further + 1} videos: give one for each, in the videos' order"
+        )
+    absorbers = [find_absorber(argument) for argument in settings.absorbers]
+    clips = [clip_files(video) for video in (settings.video, *settings.more_videos)]
+    warn_of_strangers(settings.absorbers, absorbers, clips)
+    found = dict(clips[0])
+    for i, files in enumerate(clips[1:], start=2):
+        found |= {f"video {i}: {name}": file for name, file in files.items()}
+    for i, its in enumerate(absorbers, start=1):
+        found |= {f"absorber {i}: {file.name}": file for file in its.files()}
+    return found
+
+
+def read_frames(settings: MotionSettings, base: Base) -> list[Tensor]:
+    """The clips as the settings ask for them: each (clip_frames, 3, height, width) in [-1, 1].
 
     Raises:
         UserError: a video that cannot be read, is too short, or sizes that do not fit.
     """
     full = with_defaults(settings, base)
-    size = (full.num_frames, full.height, full.width)
-    return read_clip(full.video, *size, full.fps, full.frame_step, full.start)
+    count = full.num_frames if full.clip_frames is None else full.clip_frames
+    if count < full.num_frames:
+        raise UserError(f"clip_frames must be at least num_frames, {full.num_frames}, and is {count}")
+    how = (count, full.height, full.width, full.fps, full.frame_step, full.start)
+    return [read_clip(video, *how) for video in (full.video, *full.more_videos)]
 
 
 def with_defaults(settings: MotionSettings, base: Base) -> Any:

@@ -106,6 +106,23 @@ class AdapterSettings(FreshSettings):
     targets: Literal["blocks", "attention", "all"] = "blocks"
 
 
+@dataclass(kw_only=True)
+class ClipSettings(AdapterSettings):
+    """A run that trains one fresh LoRA on a clip.
+
+    Args:
+        video: any video, or a folder of frames.
+        fps: take frames at this rate; not given: every frame_step-th frame.
+        frame_step: take every n-th frame.
+        start: seconds into the video.
+    """
+
+    video: str
+    fps: float | None = None
+    frame_step: int = 1
+    start: float = 0.0
+
+
 def filled(settings: TrainSettings, base: Base, **defaults: Any) -> Any:
     """The settings with the base's own number, or the stage's (`defaults`), in place of every None that has one.
 

@@ -17,13 +17,15 @@ from train.loop import Losses, train
 from train.losses import skewed_timesteps
 from train.settings import TrainSettings
 from weights import Base, placed, write_json
+from weights.embeddings import Embedding
 from weights.folders import locked
 
 
 @contextmanager
-def set_aside(base: Base) -> Iterator[None]:
-    """Within the block the VAE and the text encoder are on the CPU: the training steps need neither."""
-    with placed(base.vae, torch.device("cpu")), placed(base.text, torch.device("cpu")):
+def set_aside(base: Base, text_needed: bool = False) -> Iterator[None]:
+    """Within the block the VAE and the text encoder are on the CPU: the training steps need neither, as a rule."""
+    text_home = base.unet.device if text_needed else torch.device("cpu")
+    with placed(base.vae, torch.device("cpu")), placed(base.text, text_home):
         yield
 
 
@@ -104,15 +106,20 @@ def train_adapter(
     settings: Any,
     folder: RunFolder,
     inputs: Mapping[str, Path],
-    trigger: str = "",
+    words: tuple[str, str] | None = None,
+    token: Embedding | None = None,
 ) -> Path:
     """Train one fresh adapter of `kind`, write its LoRA file, and leave the network as it was.
+
+    Its prompt and trigger are `words`; not given: the settings' prompt, and none. A `token` is trained with it, see
+    `run_stage`.
 
     Raises:
         UserError: layers that have no transformer of this kind, or what `run_stage` raises.
     """
     with fresh_adapter(base.unet, name, kind, settings.layers, settings.targets, settings):
-        return run_stage(base, {name: (settings.prompt, trigger)}, losses, settings, folder, inputs)
+        words_of = {name: words or (settings.prompt, "")}
+        return run_stage(base, words_of, losses, settings, folder, inputs, token=token)
 
 
 @contextmanager
@@ -143,32 +150,36 @@ def run_stage(
     folder: RunFolder,
     inputs: Mapping[str, Path],
     measure: Callable[[], Mapping[str, Any]] | None = None,
+    token: Embedding | None = None,
 ) -> Path:
     """Train the adapters that `words` names (with their prompt and trigger) to the end, and write their LoRA file.
 
-    What `measure` finds at the end goes into `report.json`.
+    What `measure` finds at the end goes into `report.json`. A `token` is trained with them, at the settings'
+    token_learning_rate and without decay, and is written to a file of its own.
 
     Raises:
         UserError: an --out of another run, or one that another process is at work in, or a loss that is not finite.
     """
     loop = settings.loop()
+    rates = {"lr": getattr(settings, "token_learning_rate", None), "weight_decay": 0.0}
+    further = [] if token is None else [{"params": [token.vectors], **rates}]
+    shown = settings.preview_prompt or (next(iter(words.values()))[0] if len(words) == 1 else settings.prompt)
     with locked(folder.path):
         folder.begin(settings, inputs, base)
         base.unet.gradient_checkpointing(settings.gradient_checkpointing)
-        with set_aside(base):
-            train(base.unet, list(words), losses, loop, folder, previewer(base, settings, folder))
+        with set_aside(base, text_needed=token is not None):
+            train(base.unet, list(words), losses, loop, folder, previewer(base, settings, folder, shown), further)
             if measure is not None:
                 write_json(folder.path / "report.json", measure())
-        folder.finish(base, words, settings)
+        folder.finish(base, words, settings, token)
     return folder.lora
 
 
-def previewer(base: Base, settings: TrainSettings, folder: RunFolder) -> Callable[[int], None]:
+def previewer(base: Base, settings: TrainSettings, folder: RunFolder, prompt: str) -> Callable[[int], None]:
     """A function that writes the clip which `generate` would give with the run's seed after `done` steps."""
 
     def preview(done: int) -> None:
         moving = base.unet.config.motion is not None
-        prompt = settings.preview_prompt or settings.prompt
         sizes: dict[str, Any] = {"height": settings.height, "width": settings.width}
         sizes["num_frames"] = settings.num_frames if moving else 1
         file = folder.path / "previews" / f"step-{done:05d}.{'mp4' if moving else 'png'}"

@@ -133,7 +133,7 @@ def test_a_batch_has_the_mean_loss_of_its_members(base, material, tmp_path, kind
 def test_what_is_set_reaches_the_loop_and_the_adapter(base, material, tmp_path, monkeypatch, train, name):
     seen = {}
 
-    def spy(unet, names, losses, settings, folder, preview):
+    def spy(unet, names, losses, settings, folder, preview, further):
         seen.update(names=names, loop=settings, checkpointing={layer.checkpointing for layer in unet.layers})
         seen["dropout"] = {module.dropout for module in adapter_modules(unet, name).values()}
         raise KeyboardInterrupt

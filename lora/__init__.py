@@ -1,9 +1,10 @@
 """Low-rank adapters on chosen layers of the network."""
 
-from lora.layer import Adapter, AdapterSpec, LoRAConv2d, LoRALayer, LoRALinear, LowRank
+from lora.layer import Adapter, AdapterSpec, LoRAConv2d, LoRALayer, LoRALinear, LowRank, Scale
 from lora.network import (
     KINDS,
     TARGETS,
+    adapter_layers,
     adapter_linears,
     adapter_modules,
     adapter_names,
@@ -29,6 +30,8 @@ __all__ = [
     "LoRALayer",
     "LoRALinear",
     "LowRank",
+    "Scale",
+    "adapter_layers",
     "adapter_linears",
     "adapter_modules",
     "adapter_names",

@@ -1,6 +1,7 @@
 """Layers that low-rank adapters can sit on: linear ones (LoRA, Hu et al. 2021, section 4.1), and convolutions."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Scale = float | Mapping[int, float]  # of an adapter: one, or by layer of the nine, those not named being off
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,20 @@ class LowRank:
     def rank(self) -> int:
         """r, the inner width."""
         return len(self.A)
+
+
+def layer_of(path: str) -> int | None:
+    """Which of the nine layers a part of the UNet belongs to by its name; None: to none of them."""
+    found = re.match(r"layers\.(\d+)\.", path)
+    return int(found[1]) if found else None
+
+
+def scale_at(path: str, scale: Scale) -> float:
+    """An adapter's scale on the part of the network that has this name."""
+    if not isinstance(scale, Mapping):
+        return scale
+    layer = layer_of(path)
+    return 0.0 if layer is None else scale.get(layer, 0.0)
 
 
 class Adapter(nn.Module):

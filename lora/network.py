@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from lora.layer import Adapter, AdapterSpec, ConvAdapter, LoRALayer, LowRank, wrap
+from lora.layer import Adapter, AdapterSpec, ConvAdapter, LoRALayer, LowRank, Scale, layer_of, scale_at, wrap
 from model import UNet3D, UserError
 
 KINDS = ("spatial", "temporal")
@@ -157,6 +157,15 @@ def adapter_modules(network: nn.Module, name: str) -> dict[str, Adapter]:
     return {path: module for path, module in found.items() if isinstance(module, Adapter)}
 
 
+def adapter_layers(unet: nn.Module, name: str) -> tuple[int, ...]:
+    """The layers of the nine in which the adapter has anything.
+
+    Raises:
+        UserError: there is no such adapter.
+    """
+    return tuple(sorted({i for path in adapter_modules(unet, name) if (i := layer_of(path)) is not None}))
+
+
 def adapter_parameters(network: nn.Module, name: str) -> list[nn.Parameter]:
     """The adapter's parameters: A and B of every layer it sits on.
 
@@ -167,7 +176,7 @@ def adapter_parameters(network: nn.Module, name: str) -> list[nn.Parameter]:
 
 
 @contextmanager
-def adapters(network: nn.Module, scales: dict[str, float]) -> Iterator[None]:
+def adapters(network: nn.Module, scales: Mapping[str, Scale]) -> Iterator[None]:
     """Within the block exactly these adapters are on, each at its scale; afterwards what was on before.
 
     Raises:
@@ -182,15 +191,16 @@ def adapters(network: nn.Module, scales: dict[str, float]) -> Iterator[None]:
             layer.scales = {name: scale for name, scale in old.items() if name in layer.adapters}
 
 
-def switch_adapters(network: nn.Module, scales: dict[str, float]) -> None:
+def switch_adapters(network: nn.Module, scales: Mapping[str, Scale]) -> None:
     """Exactly these adapters are on from here on, each at its scale; a scale of 0 is off.
 
     Raises:
         UserError: an unknown adapter.
     """
     _known(network, scales)
-    for _, layer in _lora_layers(network):
-        layer.scales = {name: scale for name, scale in scales.items() if scale and name in layer.adapters}
+    for path, layer in _lora_layers(network):
+        own = {name: scale_at(path, scale) for name, scale in scales.items() if name in layer.adapters}
+        layer.scales = {name: scale for name, scale in own.items() if scale}
 
 
 def merge_adapters(network: nn.Module, scales: dict[str, float]) -> None:

@@ -11,6 +11,8 @@ from model import NoiseSchedule, UserError
 
 # latents (b, c, f, h, w) and timestep -> the network's prediction, same shape
 Denoiser = Callable[[Tensor, int], Tensor]
+# a step's index, 0 being that of most noise, and the number of steps -> what changes with time is set for it
+AtStep = Callable[[int, int], None]
 
 
 def ddim_step(
@@ -59,6 +61,7 @@ def ddim_sample(
     step_noise: Callable[[int], Tensor] | None = None,
     only_first: int | None = None,
     only_last: int | None = None,
+    at_step: AtStep | None = None,
     progress: str | None = None,
 ) -> Tensor:
     """From pure noise to clean latents in `steps` DDIM steps.
@@ -73,6 +76,7 @@ def ddim_sample(
         step_noise: gives the i-th step's standard normal noise, on the CPU; needed where eta > 0.
         only_first: stop after so many of the steps, with latents that are still noisy (None: all).
         only_last: leave out all but so many of the steps, from 0 to `steps` (None: none is left out).
+        at_step: called before each step with its index among all `steps`, those left out too, and their number.
         progress: label of a progress bar, None for none.
 
     Returns:
@@ -86,7 +90,10 @@ def ddim_sample(
     if eta > 0 and step_noise is None:
         raise UserError("eta above 0 draws noise at every step: give step_noise")
     visited = _visited(schedule, steps, spacing, only_last)[:only_first]
+    first = 0 if only_last is None else steps - only_last
     for i, timestep in enumerate(tqdm(visited, desc=progress, disable=progress is None, leave=False)):
+        if at_step is not None:
+            at_step(first + i, steps)
         noise = step_noise(i).to(latents) if eta > 0 and step_noise is not None else None
         previous = timestep - schedule.num_train_timesteps // steps
         latents = ddim_step(schedule, denoise(latents, timestep), latents, timestep, previous, eta, noise)
@@ -103,6 +110,7 @@ def ddim_invert(
     spacing: str = "leading",
     only_last: int | None = None,
     refine: int = 0,
+    at_step: AtStep | None = None,
     progress: str | None = None,
 ) -> Tensor:
     """From clean latents to the noise that `ddim_sample` makes them of: its steps (s <- t) in reverse, each as s -> t.
@@ -122,6 +130,7 @@ def ddim_invert(
             goes to `ddim_sample` with the same `only_last`.
         refine: how often each step is taken anew with the network asked at the x_t found so far: a fixed-point
             iteration, whose limit `ddim_sample` gives back exactly.
+        at_step: called before each step with the index of the sampling's step that it reverses, and their number.
         progress: label of a progress bar, None for none.
 
     Returns:
@@ -131,7 +140,9 @@ def ddim_invert(
         UserError: an unknown spacing, steps out of range, or the network gave NaN.
     """
     visited = _visited(schedule, steps, spacing, only_last)[::-1]
-    for timestep in tqdm(visited, desc=progress, disable=progress is None, leave=False):
+    for i, timestep in enumerate(tqdm(visited, desc=progress, disable=progress is None, leave=False)):
+        if at_step is not None:
+            at_step(steps - 1 - i, steps)
         previous = timestep - schedule.num_train_timesteps // steps
         reached = ddim_step(schedule, denoise(latents, timestep), latents, previous, timestep)
         for _ in range(refine):

@@ -75,8 +75,11 @@ def edit_files(settings: EditSettings, base: Base | None = None) -> list[Path]:
     steps = base.recipe.sampling_steps if settings.steps is None else settings.steps
     only_last = round(settings.strength * steps)
     video = encode_videos(base, read_source(settings, base).transpose(0, 1)[None]).mean
-    with loaded_loras(base, settings.lora, settings.allow_partial) if settings.invert_with_lora else nullcontext():
+    with (
+        loaded_loras(base, settings.lora, settings.allow_partial) if settings.invert_with_lora else nullcontext() as on
+    ):
         options: dict[str, Any] = {"spacing": settings.spacing, "only_last": only_last, "refine": settings.refine}
+        options["at_step"] = on
         text = encode(base, [settings.source_prompt])
         inverted = invert_latents(base, video, text, steps, progress="inverting", **options)
     return generate_files(

@@ -1,7 +1,7 @@
 """Clips from prompts, seeds and LoRAs: `python -m sampling.generate`."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,14 +10,16 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lora import adapter_names, adapters, remove_adapter
+from lora import adapter_layers, adapter_names, adapters, remove_adapter, switch_adapters
 from model import UserError
+from sampling.ddim import AtStep
 from sampling.origins import Clip, batches, left_open, origins
 from sampling.sample import sample_videos
 from sampling.write import check_writable, is_folder_name, write_media
 from weights import (
     Base,
     BaseSettings,
+    LoRAArgument,
     Record,
     atomic_write,
     complete,
@@ -27,11 +29,11 @@ from weights import (
     lora_path,
     open_base,
     parse_given,
+    parse_lora,
     read_embeddings,
     record_file,
     run_command,
     settings_from,
-    split_strength,
     unused_tokens,
     versions,
     with_source,
@@ -45,7 +47,10 @@ class GenerateSettings(BaseSettings):
     Args:
         prompt: one or several prompts: a clip for each of them with each seed.
         out: .mp4, .gif, or a folder of frames (no suffix); several clips get numbers behind the name.
-        lora: run folders, or LoRA files of any tool, each with a strength behind a colon if not 1 (runs/teddy:0.8).
+        lora: run folders, or LoRA files of any tool, each with a strength behind a colon if not 1 (runs/teddy:0.8). One
+            for each of some of the layers 0 to 8, the others being off: jog:2=0.5,6=1. For a part of denoising:
+            jog:0.8@0-0.6, on from 0 (pure noise) inclusive to 0.6 exclusive, where 1 is the end. One adapter of a run
+            with several: runs/both#motion:0.8.
         embedding: textual-inversion files, whose tokens the prompts may then hold; for another token than the file's
             own, it stands behind a colon (cat.pt:<my-cat>).
         allow_partial: use what fits of LoRA files that do not fit wholly.
@@ -143,7 +148,9 @@ def make_clips(
     for token in unused_tokens(embeddings, [*its.prompt, its.negative_prompt]):
         warnings.warn(f"no prompt contains {token!r}: its embedding has no effect", stacklevel=3)
     total, done = sum(map(len, batched)), 0
-    with loaded_loras(base, settings.lora, settings.allow_partial), learned_tokens(base, embeddings):
+    warn_of_idle(settings.lora, options["steps"], more.get("only_last"))
+    with loaded_loras(base, settings.lora, settings.allow_partial) as at_step, learned_tokens(base, embeddings):
+        options["at_step"] = at_step
         for batch in batched:
             prompts, seeds, files = zip(*batch, strict=True)
             label = f"clip {done + 1} to {done + len(batch)} of {total}" if total > 1 else "sampling"
@@ -161,15 +168,15 @@ def clip_files(settings: GenerateSettings) -> list[tuple[str, int, Path]]:
     """The clips that settings ask for: prompt, seed, and the file it goes to.
 
     Raises:
-        UserError: nothing to generate, the same seed twice, a LoRA that is not there, an embedding that cannot be
-            read, or an output that cannot be written.
+        UserError: nothing to generate, the same seed twice, a LoRA that is not there or its strength makes no sense,
+            an embedding that cannot be read, or an output that cannot be written.
     """
     if not settings.prompt or not settings.seed or settings.batch_size < 1:
         raise UserError("give at least one prompt and one seed, and a batch size of at least 1")
     if len(set(settings.seed)) < len(settings.seed) or len(set(settings.prompt)) < len(settings.prompt):
         raise UserError("a prompt or a seed is given twice: the clips would be the same")
     for argument in settings.lora:
-        lora_path(split_strength(argument)[0])
+        lora_path(parse_lora(argument).path)
     read_embeddings(settings.embedding)
     if settings.fps is not None and not 0.1 <= settings.fps <= 1000:
         raise UserError(f"fps must be from 0.1 to 1000, and is {settings.fps}")
@@ -193,35 +200,74 @@ def numbered(prompts: Sequence[str], seeds: Sequence[int], out: str) -> list[tup
 
 
 @contextmanager
-def loaded_loras(base: Base, arguments: Sequence[str], allow_partial: bool = False) -> Iterator[None]:
+def loaded_loras(base: Base, arguments: Sequence[str], allow_partial: bool = False) -> Iterator[AtStep | None]:
     """Within the block the LoRAs named as in `--lora` are in the networks and on; afterwards they are gone.
 
     Args:
         base: its UNet gets them, and its text encoder where a file has a part for it: at the same strength.
-        arguments: files or run folders, each with a strength behind a colon if not 1.
+        arguments: as `parse_lora` reads them.
         allow_partial: of other tools' files, whatever fits will do.
 
+    Yields:
+        What `sample_latents` takes as `at_step` where strengths change in the course of denoising, before which they
+        are those of its first step; None where none do.
+
     Raises:
-        UserError: a file that does not load, see `weights.load_lora`.
+        UserError: a file that does not load, see `weights.load_lora`, or has nothing in a layer with a strength.
     """
     unet, text = base.unet, base.text.clip
-    scales: dict[str, float] = {}
+    given: dict[str, LoRAArgument] = {}
 
-    def present(network: nn.Module) -> dict[str, float]:
+    def present(network: nn.Module) -> dict[str, LoRAArgument]:
         names = adapter_names(network)
-        return {name: scale for name, scale in scales.items() if name in names}
+        return {name: its for name, its in given.items() if name in names}
 
+    def at_step(step: int, steps: int) -> None:
+        switch_adapters(unet, {name: its.scale for name, its in present(unet).items() if its.on(step, steps)})
+
+    options: dict[str, Any] = {"fingerprints": base.fingerprints, "text": text, "allow_partial": allow_partial}
     try:
         for argument in arguments:
-            path, strength = split_strength(argument)
-            added = load_lora(unet, path, fingerprints=base.fingerprints, text=text, allow_partial=allow_partial)
-            scales |= dict.fromkeys(added, strength)
-        with adapters(unet, present(unet)), adapters(text, present(text)):
-            yield
+            its = parse_lora(argument)
+            given |= dict.fromkeys(added := load_lora(unet, its.path, only=its.adapter, **options), its)
+            _check_layers(unet, its, present(unet).keys() & added.keys())
+            if (its.scheduled or its.layers is not None) and present(text).keys() & added.keys():
+                warnings.warn(
+                    f"{argument}: its part for the text encoder, which reads the prompt once and has other layers, is "
+                    f"on all the way at strength {its.strength:g}",
+                    stacklevel=3,
+                )
+        constant = {name: its.strength for name, its in present(text).items()}
+        with adapters(unet, {name: its.scale for name, its in present(unet).items()}), adapters(text, constant):
+            changing = any(its.scheduled for its in given.values())
+            if changing:
+                at_step(0, 1)
+            yield at_step if changing else None
     finally:
         for network in (unet, text):
             for name in present(network):
                 remove_adapter(network, name)
+
+
+def _check_layers(unet: nn.Module, its: LoRAArgument, names: Iterable[str]) -> None:
+    known = {layer for name in names for layer in adapter_layers(unet, name)}
+    if wrong := sorted((its.layers or {}).keys() - known):
+        raise UserError(
+            f"{its.text}: the LoRA has nothing in layer {', '.join(map(str, wrong))}: "
+            f"it has layers {', '.join(map(str, sorted(known))) or 'none'}"
+        )
+
+
+def warn_of_idle(arguments: Sequence[str], steps: int, only_last: int | None) -> None:
+    """Say which LoRAs no step has on: in a range between two steps, or before the first that is taken."""
+    taken = range(0 if only_last is None else steps - only_last, steps)
+    for its in map(parse_lora, arguments):
+        if taken and not any(its.on(step, steps) for step in taken):
+            warnings.warn(
+                f"{its.text} has no effect: none of the {len(taken)} steps, the first at {taken[0] / steps:g} of "
+                "denoising, begins in its range",
+                stacklevel=4,
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

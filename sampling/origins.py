@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from model import UserError
-from weights import Base, lora_path, sha256, split_strength, split_token
+from weights import Base, lora_path, parse_lora, sha256, split_token
 from weights.peft_config import ADAPTER_FILES, PEFT_CONFIG
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def input_files(settings: "GenerateSettings") -> dict[str, dict[str, Path]]:
     Raises:
         UserError: one that is not there.
     """
-    loras = {name: lora_path(name) for name in (split_strength(argument)[0] for argument in settings.lora)}
+    loras = {name: lora_path(name) for name in (parse_lora(argument).path for argument in settings.lora)}
     for file in loras.values():
         if not file.is_file():  # a device would be read for ever
             raise UserError(f"{file} is no file")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from model import LatentDistribution, UserError
-from sampling.ddim import ddim_sample
+from sampling.ddim import AtStep, ddim_sample
 from sampling.guidance import guided
 from sampling.media import check_size
 from weights import Base, placed
@@ -35,6 +35,7 @@ def sample_latents(
     inverted: Tensor | None = None,
     noise_prior: float = 1.0,
     only_last: int | None = None,
+    at_step: AtStep | None = None,
     progress: str | None = None,
 ) -> Tensor:
     """Sample the scaled latents of a clip for each embedded prompt, with the adapters that are on.
@@ -58,6 +59,8 @@ def sample_latents(
             theirs then.
         noise_prior: their share of the start's variance; the rest is the seed's noise, see `mixed_noise`.
         only_last: leave out all but so many of the steps; `inverted` is then of the level where they start.
+        at_step: switches before each step what changes with time, see `loaded_loras`; called with the step's index and
+            the number of steps.
         progress: label of a progress bar, None for none.
 
     Returns:
@@ -93,6 +96,7 @@ def sample_latents(
             step_noise=lambda step: noise(step + 1),
             only_first=only_first,
             only_last=only_last,
+            at_step=at_step,
             progress=progress,
         )
 

@@ -15,9 +15,19 @@ from train.data import subject_files
 from train.motion import MotionSettings, read_frames, train_motion
 from train.settings import TrainSettings
 from train.ttt import TTTSettings, train_ttt
-from weights import Base, BaseSettings, find_record, open_base, parse_settings, record_file, run_command, settings_from
+from weights import (
+    Base,
+    BaseSettings,
+    find_record,
+    open_base,
+    parse_lora,
+    parse_settings,
+    record_file,
+    run_command,
+    settings_from,
+)
 from weights.folders import locked
-from weights.lora import FILE_NAME, split_strength
+from weights.lora import FILE_NAME
 
 Settings = TypeVar("Settings", bound=BaseSettings)
 
@@ -68,7 +78,7 @@ def run(settings: RunSettings) -> list[Path]:
     clip = section(
         GenerateSettings, settings, "generate", out=str(out / "video.mp4"), lora=[both.out], prompt=[both.prompt]
     )
-    elsewhere = [lora for lora in clip.lora if split_strength(lora)[0] not in (looks.out, moves.out, both.out)]
+    elsewhere = [lora for lora in clip.lora if parse_lora(lora).path not in (looks.out, moves.out, both.out)]
     clips = [file for _, _, file in clip_files(dataclasses.replace(clip, lora=elsewhere))]
     subject_files(looks.images)
     clip_files_of(moves.video)

@@ -22,16 +22,18 @@ from weights.files import (
     write_json,
 )
 from weights.load import Base, load_base
-from weights.lora import LoRAEntry, LoRAFile, load_lora, lora_path, read_lora_header, save_lora, split_strength
+from weights.lora import LoRAEntry, LoRAFile, load_lora, lora_path, read_lora_header, save_lora
 from weights.open import BaseSettings, open_base, with_source
 from weights.record import Record, find_record, record_file, versions
 from weights.save import save_base
 from weights.settings import complete, parse_given, parse_settings, save_settings, settings_from
+from weights.strengths import LoRAArgument, parse_lora, split_strength
 
 __all__ = [
     "Base",
     "BaseSettings",
     "Embedding",
+    "LoRAArgument",
     "LoRAEntry",
     "LoRAFile",
     "Record",
@@ -45,6 +47,7 @@ __all__ = [
     "lora_path",
     "open_base",
     "parse_given",
+    "parse_lora",
     "parse_settings",
     "placed",
     "printable",

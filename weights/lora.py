@@ -8,7 +8,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,7 @@ def load_lora(
     fingerprints: Mapping[str, str] | None = None,
     text: nn.Module | None = None,
     allow_partial: bool = False,
+    only: str | None = None,
 ) -> dict[str, LoRAEntry | None]:
     """Add a file's adapters to the network, switched off; for one of another tool, print what was matched.
 
@@ -167,6 +168,7 @@ def load_lora(
         text: the base's text encoder (`Base.text.clip`), which other tools' files may have a part for: an adapter of
             the same name as in the UNet.
         allow_partial: of other tools' files, whatever fits will do; otherwise every pair in the file has to.
+        only: the one adapter to load, of a file of ours.
 
     Returns:
         What was added, by the names the adapters now have; None for other tools' LoRAs, of which no more is known.
@@ -174,13 +176,17 @@ def load_lora(
     Raises:
         UserError: not a LoRA, one for another architecture, or a damaged one; the networks are left as they were.
     """
-    if names is None and detect(lora_path(path)).kind != OWN:
+    if names is None and (found := detect(lora_path(path))).kind != OWN:
+        if only is not None:
+            raise UserError(f"{path} has no adapters with names ({found.kind}): leave #{only} away")
         return _load_foreign(unet, text, lora_path(path), allow_partial)
     file = read_lora_header(path)
-    missing = [name for name in names or () if name not in file.adapters]
+    wanted: Collection[str] = names if names is not None else file.adapters if only is None else [only]
+    missing = [name for name in wanted if name not in file.adapters]
     if missing:
         raise UserError(f"{file.path} has no adapter {missing[0]!r}: it has {', '.join(file.adapters)}")
-    for name, entry in file.adapters.items():
+    entries = {name: entry for name, entry in file.adapters.items() if name in wanted}
+    for name, entry in entries.items():
         part = "unet" if entry.spec.kind == "spatial" else "motion_module"
         before, now = file.fingerprints.get(part), (fingerprints or {}).get(part)
         if before and now and before != now:
@@ -191,9 +197,7 @@ def load_lora(
     tensors = read_checkpoint(file.path)
     added: dict[str, LoRAEntry | None] = {}
     try:
-        for name, entry in file.adapters.items():
-            if names is not None and name not in names:
-                continue
+        for name, entry in entries.items():
             new, spec = names[name] if names else _free_name(unet, name, text), entry.spec
             ranks = {
                 t.shape[0] for key, t in tensors.items() if re.fullmatch(rf"{re.escape(name)}\..*lora_A\.weight", key)
@@ -205,33 +209,13 @@ def load_lora(
             add_adapter(unet, new, spec.kind, spec.layers, spec.rank, alpha=spec.alpha, targets=spec.targets)
             added[new] = entry
             _fill(unet, new, name, tensors)
-        if tensors and names is None:
+        if tensors and wanted is file.adapters:
             raise UserError(f"{len(tensors)} tensors belong to no adapter of its header, such as {next(iter(tensors))}")
     except UserError as error:
         for name in added:
             remove_adapter(unet, name)
         raise UserError(f"{file.path} does not fit this base: {error}") from error
     return added
-
-
-def split_strength(argument: str) -> tuple[str, float]:
-    """ "runs/teddy:0.8" -> ("runs/teddy", 0.8); without a number behind a colon the strength is 1.
-
-    Raises:
-        UserError: a strength that is not finite.
-    """
-    if Path(argument).exists():
-        return argument, 1.0
-    path, _, text = argument.rpartition(":")
-    try:
-        strength = float(text)
-    except ValueError:
-        return argument, 1.0
-    if not path:
-        return argument, 1.0
-    if not math.isfinite(strength):
-        raise UserError(f"{argument}: the strength of a LoRA must be a finite number")
-    return path, strength
 
 
 def _finite(value: Any) -> float:

@@ -16,11 +16,12 @@ from weights.command import run_command
 from weights.files import read_json, sha256, write_json
 from weights.folders import check_folder, replacing
 from weights.load import Base, load_base
-from weights.lora import load_lora, lora_path, split_strength
+from weights.lora import load_lora, lora_path
 from weights.open import DTYPES, BaseSettings
 from weights.save import save_base
 from weights.save_ldm import save_ldm
 from weights.settings import parse_settings
+from weights.strengths import LoRAArgument, parse_constant
 from weights.tokenizer import tokenizer_on_hub
 
 RECORD = "customttt.json"  # in a folder that is written here: what went in, and which files came out
@@ -37,7 +38,8 @@ class MergeSettings(BaseSettings):
     """What to merge, and into what.
 
     Args:
-        lora: run folders, or LoRA files of any tool, each with a strength behind a colon if not 1 (runs/teddy:0.8).
+        lora: run folders, or LoRA files of any tool, each with a strength behind a colon if not 1 (runs/teddy:0.8);
+            behind a # one adapter of a run with several (runs/both#motion:0.8).
         out: the folder for the checkpoint; an earlier merge in it is replaced.
         layout: diffusers (a folder for AnimateDiffPipeline) or ldm (NAME.safetensors, and NAME_mm.safetensors for the
             motion module, as ComfyUI and A1111 load them; NAME is the folder's).
@@ -68,8 +70,8 @@ def merge(settings: MergeSettings) -> Path:
     """
     if not settings.lora:
         raise UserError("there is nothing to merge: name one or more LoRAs with --lora")
-    loras = [split_strength(argument) for argument in settings.lora]
-    paths = [lora_path(path) for path, _ in loras]
+    loras = [parse_constant(argument) for argument in settings.lora]
+    paths = [lora_path(its.path) for its in loras]
     out = Path(settings.out).expanduser().resolve()
     base_files = (settings.motion_module, settings.vae, settings.tokenizer)
     inputs = [*paths, *(Path(name) for name in (*base_files, settings.base) if name not in (None, "tiny"))]
@@ -91,8 +93,9 @@ def merge(settings: MergeSettings) -> Path:
         "dtype": settings.dtype,
         "base": {"name": base.name, "motion_module": _name(settings.motion_module), "fingerprints": base.fingerprints},
         "loras": [
-            {"name": _name(path), "sha256": sha256(file), "strength": strength, "trigger": trigger}
-            for (path, strength), file, trigger in zip(loras, paths, triggers, strict=True)
+            {"name": _name(its.path), "sha256": sha256(file), "strength": its.strength, "trigger": trigger}
+            | ({} if its.adapter is None else {"adapter": its.adapter})
+            for its, file, trigger in zip(loras, paths, triggers, strict=True)
         ],
     }
     with replacing([out]) as fresh:
@@ -125,12 +128,13 @@ def _check_out(out: Path, inputs: Sequence[Path]) -> None:
         raise UserError(f"{out} would be replaced, and {strange[0]} in it is no file of the merge: move it first")
 
 
-def _add(base: Base, loras: Sequence[tuple[str, float]], allow_partial: bool) -> list[str]:
+def _add(base: Base, loras: Sequence[LoRAArgument], allow_partial: bool) -> list[str]:
     """Add LoRAs to the weights for good, in float32; returns the trigger word of each, "" for none."""
     unet, text, scales, triggers = base.unet, base.text.clip, dict[str, float](), []
-    for path, strength in loras:
-        added = load_lora(unet, path, fingerprints=base.fingerprints, text=text, allow_partial=allow_partial)
-        scales |= dict.fromkeys(added, strength)
+    options: dict[str, Any] = {"fingerprints": base.fingerprints, "text": text, "allow_partial": allow_partial}
+    for its in loras:
+        added = load_lora(unet, its.path, only=its.adapter, **options)
+        scales |= dict.fromkeys(added, its.strength)
         triggers.append(" ".join(dict.fromkeys(entry.trigger for entry in added.values() if entry and entry.trigger)))
     for network in (unet, text):
         for layer in network.modules():

@@ -30,19 +30,20 @@ from eval.scoring import (
     score_clips,
     score_diversity,
 )
+from eval.stages import train_joint_alone
 from model import UserError
 from sampling import contact_sheet, read_video, write_media
 from sampling.generate import clip_files, generate_files
+from train.absorber import train_absorber
 from train.appearance import train_appearance
 from train.data import clip_files as clip_files_of
 from train.data import read_clip, read_subject, subject_files
-from train.folder import RunFolder
-from train.joint import train_joint
 from train.motion import train_motion
 from train.run import up_to_date
 from train.ttt import train_ttt
 from weights import (
     Base,
+    lora_path,
     open_base,
     parse_settings,
     read_header,
@@ -56,10 +57,11 @@ from weights import (
 from weights.folders import check_folder, locked
 
 TRAIN: dict[str, Callable[..., Path]] = {
+    "absorber": train_absorber,
     "appearance": train_appearance,
     "motion": train_motion,
     "ttt": train_ttt,
-    "joint": train_joint,
+    "joint": train_joint_alone,
 }
 COLUMNS = 8  # frames of a clip in contact sheets
 
@@ -130,7 +132,7 @@ def scored(cell: Cell, base: Base, scorers: Scorers, known: dict[str, Any]) -> R
         "scorers": known,
         "prompt": cell.clips.prompt[0],
         "clips": [sha256(file) for file in files],
-        "images": [sha256(file) for file in subject_files(cell.images).values()],
+        "images": [] if cell.images is None else [sha256(file) for file in subject_files(cell.images).values()],
         "reference": [*(sha256(file) for file in clip_files_of(cell.reference).values()), *cell.frames.values()],
     }
     kept = read_cache(record)
@@ -162,22 +164,24 @@ def read_cache(record: Path) -> dict[str, Any]:
     return kept if isinstance(kept, dict) else {}
 
 
-def inputs(cell: Cell, base: Base) -> tuple[Tensor, Tensor]:
-    """The photos and the reference clip as the stages see them: (m, 3, h, w) and (f, 3, h, w)."""
+def inputs(cell: Cell, base: Base) -> tuple[Tensor | None, Tensor]:
+    """The photos, if any, and the reference clip as the stages see them: (m, 3, h, w) and (f, 3, h, w)."""
     recipe = base.recipe
-    images, _ = read_subject(cell.images, "a photo", recipe.height, recipe.width)
+    images = None if cell.images is None else read_subject(cell.images, "a photo", recipe.height, recipe.width)[0]
     return images, read_clip(cell.reference, recipe.num_frames, recipe.height, recipe.width, **cell.frames)
 
 
 def sheets(settings: GridSettings, work: Sequence[Cell], base: Base) -> list[Picture]:
-    """A picture for each group: photos, reference, then each arm's first clip with the first prompt and seed."""
+    """A picture for each group: photos if any, reference, then each arm's first clip with the first prompt and seed."""
     made = []
     for group in settings.groups:
         its = [cell for cell in work if (cell.group, cell.prompt, cell.seed) == (group, 0, settings.seeds[0])]
         images, reference = inputs(its[0], base)
         frames, _, height, width = reference.shape
-        blank = images.new_ones(max(0, COLUMNS - len(images)), 3, height, width)
-        rows = {"photos": torch.cat([images[:COLUMNS], blank]), "reference": reference}
+        rows = {"reference": reference}
+        if images is not None:
+            blank = images.new_ones(max(0, COLUMNS - len(images)), 3, height, width)
+            rows = {"photos": torch.cat([images[:COLUMNS], blank]), **rows}
         rows |= {cell.arm: read_video(files_of(cell)[0], frames, height, width) for cell in its}
         files = {title: Path(settings.out) / "sheets" / f"{group}-{number}.png" for number, title in enumerate(rows)}
         for title, file in files.items():
@@ -204,8 +208,8 @@ def seconds(run: Path) -> float:
 
 
 def parameters(run: Path) -> int:
-    """Of a run's LoRA."""
-    tensors = read_header(RunFolder(run).lora).tensors
+    """Of a run's LoRA, or of a LoRA file."""
+    tensors = read_header(lora_path(run)).tensors
     return sum(torch.Size(its.shape).numel() for its in tensors.values())
 
 

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eval.grid_settings import GridSettings
+from eval.grid_settings import GridSettings, parts_of
 from eval.measures import crossed_interval
 from eval.plots import bars
 from eval.report import Heading, Part, Picture, Table, markdown_table, markdown_text, text_table, write_page
+from eval.scorers import TITLES
 from weights import atomic_write, write_json
 
 if TYPE_CHECKING:
@@ -25,9 +26,9 @@ PLOTTED = ("clip_t", "clip_i", "temporal_consistency", "motion_fidelity", "ident
 
 
 def all_tables(settings: GridSettings, results: Sequence["Result"]) -> dict[str, Table]:
-    """The tables that have rows: of the arms, of their differences, and of how far test-time training went."""
+    """The tables that have rows: of the arms, their differences, what leaked, and how far test-time training went."""
     tables = {"arms": arms_table(settings, results), "compared": compared_table(settings, results)}
-    tables["moved"] = moved_table(results)
+    tables |= {"leaks": leaks_table(settings, results), "moved": moved_table(results)}
     return {name: table for name, table in tables.items() if table.rows}
 
 
@@ -62,7 +63,8 @@ def write_tables(settings: GridSettings, results: Sequence["Result"], titles: Ma
 def how(settings: GridSettings) -> str:
     """How means, spread and intervals were taken."""
     groups, prompts, seeds = len(settings.groups), len(settings.prompts), len(settings.seeds)
-    drawn = "subjects and motions" if groups > 1 else "cells, there being one group"
+    drawn = "subjects and motions" if any("+" in group for group in settings.groups) else "motions"
+    drawn = drawn if groups > 1 else "cells, there being one group"
     return (
         f"{groups} groups, {prompts} prompts each, {seeds} seeds, {settings.clips} clips a cell. Means over all cells "
         "that have a score (n where not all do); ± is the standard deviation of the seeds' means. Differences are of "
@@ -92,7 +94,11 @@ def write_report(
         for name in scores
     }
     bars(folder / "arms.png", "means of the arms, with 95 % intervals", heights, list(settings.arms))
-    heads = {"compared": "Paired differences", "moved": "How far test-time training went"}
+    heads = {
+        "compared": "Paired differences",
+        "leaks": "What leaked from the reference clip",
+        "moved": "How far test-time training went",
+    }
     parts: list[Part] = [how(settings)]
     for name, table in tables.items():
         parts += [Heading(heads[name]), table] if name in heads else [table, *legend(results, titles)]
@@ -143,9 +149,10 @@ def interval(values: Mapping[tuple[str, int, int], float]) -> tuple[float, float
     if len(values) < 2:
         return None
     keys = list(values)
-    who, what = zip(*(group.split("+") for group, _, _ in keys), strict=True)
+    parts = [parts_of(group) for group, _, _ in keys]
+    who, what = [part[0] or part[1] for part in parts], [part[1] for part in parts]
     if len({*zip(who, what, strict=True)}) == 1:
-        who, what = tuple(map(str, keys)), ("",) * len(keys)
+        who, what = [str(key) for key in keys], [""] * len(keys)
     numbers = [[sorted(set(names)).index(name) for name in names] for names in (who, what)]
     if tied(numbers[0], numbers[1]):
         numbers[1] = [0] * len(keys)
@@ -204,6 +211,17 @@ def compared_table(settings: GridSettings, results: Sequence["Result"]) -> Table
             cells.append(f"{its_mean(pairs):+.3f}{bracket}{fewer(pairs, count)}" if pairs else "-")
         rows.append([line, *cells])
     return Table(["difference", *scores], rows)
+
+
+def leaks_table(settings: GridSettings, results: Sequence["Result"]) -> Table:
+    """A row for each arm: how often each attribute of the reference clip showed where the prompt asks for another."""
+    names = [name for name in TITLES if name.startswith("leak_") and any(name in its.scores for its in results)]
+    if not names:
+        return Table([], [])
+    columns = [by_arm(settings, results, name) for name in names]
+    counts = [sum(its.cell.arm == arm for its in results) for arm in settings.arms]
+    rows = [[arm, *(with_spread(column[i], counts[i]) for column in columns)] for i, arm in enumerate(settings.arms)]
+    return Table(["arm", *names], rows)
 
 
 def moved_table(results: Sequence["Result"]) -> Table:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+import train.absorber
 import train.appearance
 import train.joint
 import train.motion
@@ -14,7 +15,8 @@ from lora import adapter_names, add_adapter, copy_adapter, remove_adapter
 from model import UserError
 from sampling import ddim_sample
 from sampling.generate import GenerateSettings
-from weights import Base, LoRAEntry
+from train.stage import fresh_adapter
+from weights import Base, LoRAEntry, learned_tokens
 
 KIND_OF = {"appearance": "spatial", "motion": "temporal"}
 
@@ -23,7 +25,8 @@ def check_stages(stages: Mapping[str, Any], clips: GenerateSettings, base: Base)
     """Check each stage's numbers as the stage itself would; the network is left as it was.
 
     Args:
-        stages: settings of appearance, motion and ttt, or of some of them; ttt needs the other two. Or of joint.
+        stages: settings of absorber, appearance, motion and ttt, or of some of them; ttt needs the two before it. Or
+            of joint.
         clips: of what is generated in the end.
         base: that all of them run on.
 
@@ -32,6 +35,9 @@ def check_stages(stages: Mapping[str, Any], clips: GenerateSettings, base: Base)
     """
     start = torch.Generator().manual_seed(0)  # not the global one, whose state is not ours to change
     entries: dict[str, LoRAEntry] = {}
+    if "absorber" in stages:
+        with table_named("absorber"):
+            check_absorber(train.absorber.with_defaults(stages["absorber"], base), base)
     modules = {"appearance": train.appearance, "motion": train.motion}
     try:
         for name, kind in KIND_OF.items():
@@ -64,6 +70,17 @@ def check_stages(stages: Mapping[str, Any], clips: GenerateSettings, base: Base)
     with table_named("generate"):
         steps = base.recipe.sampling_steps if clips.steps is None else clips.steps
         check_sampling(base, steps, clips.spacing, clips.eta)
+
+
+def check_absorber(its: Any, base: Base) -> None:
+    """Begin an absorber and stop before the first step; raises UserError where its settings are wrong."""
+    train.absorber.check_settings(its)
+    its.loop()
+    token = [] if its.kind == "lora" else [train.absorber.first_vectors(base, its)]
+    with learned_tokens(base, token):
+        if its.kind != "token":
+            with fresh_adapter(base.unet, train.absorber.NAME, "spatial", its.layers, its.targets, its):
+                pass
 
 
 def check_sampling(base: Base, steps: int, spacing: str, eta: float = 0.0) -> None:

@@ -15,21 +15,16 @@ from typing import Any
 from eval.checks import check_stages
 from eval.custom import reference
 from eval.demo_inputs import photos
-from eval.grid_settings import STAGES, GridSettings, Motion, Subject, check_grid, entry_of, slug_of
+from eval.grid_settings import STAGES, GridSettings, Motion, Subject, check_grid, entry_of, parts_of, slug_of
 from eval.reading import check_readable
+from eval.stages import BUILT_ON, PERFORMER, Stage, known_stages, loras_of, with_absorber
 from model import UserError
 from sampling import derived_seed, write_media
 from sampling.generate import GenerateSettings
-from train.appearance import AppearanceSettings
-from train.data import clip_files, subject_files
-from train.joint import JointSettings
-from train.motion import MotionSettings
-from train.ttt import TTTSettings
 from train.world import caption, render
-from weights import Base, BaseSettings, settings_from, sha256
+from weights import Base, BaseSettings, settings_from
 
 SIZES = ("num_frames", "height", "width")  # scores compare arms: all clips are of the base's own size
-PERFORMER = "{performer}"  # in the prompt of a rendered motion: who was drawn to perform it
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,7 @@ class Cell:
         seed: of training, and of the noise of its clips.
         stages: settings of the runs it needs, by stage, in their order.
         clips: settings of its clips.
-        images: folder of the subject's photos.
+        images: folder of the subject's photos; None: the group has no subject.
         reference: the motion's clip.
         frames: which of its frames are taken.
     """
@@ -54,7 +49,7 @@ class Cell:
     seed: int
     stages: Mapping[str, Any]
     clips: GenerateSettings
-    images: Path
+    images: Path | None
     reference: Path
     frames: Mapping[str, Any]
 
@@ -71,32 +66,16 @@ def cells(settings: GridSettings, base: Base) -> list[Cell]:
     found = []
     for seed in settings.seeds:
         for group in settings.groups:
-            who, what = group.split("+")
-            subject, motion = subjects[who], motions[what]
-            images = _photos(settings, subject, seed, base)
-            reference, shown = _reference(settings, motion, seed, base)
-            seen = {file.name: sha256(file) for file in subject_files(images).values()}
-            filmed = {file.name: sha256(file) for file in clip_files(reference).values()}
+            who, what = parts_of(group)
+            subject, motion = None if who is None else subjects[who], motions[what]
+            images = None if subject is None else _photos(settings, subject, seed, base)
+            reference, motion = _reference(settings, motion, seed, base)
             for number, template in enumerate(settings.prompts):
-                prompt = template.replace("{subject}", subject.name).replace("{motion}", motion.name)
-                pictured = {"images": str(images), "trigger": subject.trigger}
-                words = subject.prompt or subject.name
-                moving = {"video": str(reference), "prompt": shown, **motion.frames}
-                known: dict[str, Stage] = {
-                    "appearance": Stage(
-                        AppearanceSettings, f"appearance-{who}-s{seed}", {**pictured, "prompt": words}, seen
-                    ),
-                    "motion": Stage(MotionSettings, f"motion-{what}-s{seed}", moving, filmed),
-                    "ttt": Stage(TTTSettings, f"ttt-{group}-s{seed}", {"prompt": prompt}, {}),
-                    "joint": Stage(
-                        JointSettings,
-                        f"joint-{group}-s{seed}",
-                        {**pictured, "appearance_prompt": words, **moving},
-                        {"images": seen, "video": filmed},
-                    ),
-                }
+                named = template.replace("{subject}", "" if subject is None else subject.name)
+                prompt = named.replace("{motion}", motion.name)
+                known = known_stages(group, subject, images, motion, reference, prompt, seed)
                 for arm in settings.arms:
-                    stages = dict(_stages(settings, arm, known, seed, base))
+                    stages = dict(_stages(settings, arm, known, motion, seed, base))
                     clips = _clips(settings, arm, f"{group}-p{number}-s{seed}", prompt, seed, stages, base)
                     found.append(Cell(arm, group, number, seed, stages, clips, images, reference, motion.frames))
     for cell in {cell.arm: cell for cell in found}.values():
@@ -105,23 +84,6 @@ def cells(settings: GridSettings, base: Base) -> list[Cell]:
         except UserError as error:
             raise UserError(f"arms: {cell.arm}: {error}") from error
     return found
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What the grid itself decides of a stage.
-
-    Args:
-        settings: its class.
-        label: how its run's folder begins.
-        fixed: flags.
-        contents: SHA-256 of what it trains on, by file name (of joint, by flag and file name).
-    """
-
-    settings: type
-    label: str
-    fixed: Mapping[str, Any]
-    contents: Mapping[str, Any]
 
 
 def _photos(settings: GridSettings, subject: Subject, seed: int, base: Base) -> Path:
@@ -136,10 +98,10 @@ def _photos(settings: GridSettings, subject: Subject, seed: int, base: Base) -> 
     return folder
 
 
-def _reference(settings: GridSettings, motion: Motion, seed: int, base: Base) -> tuple[Path, str]:
-    """The clip, and what it shows."""
+def _reference(settings: GridSettings, motion: Motion, seed: int, base: Base) -> tuple[Path, Motion]:
+    """The clip, and the motion with the words of who performs it there."""
     if motion.video is not None:
-        return Path(motion.video), motion.prompt
+        return Path(motion.video), motion
     check_readable(base)
     assert motion.rendered is not None
     frames = base.recipe.num_frames
@@ -147,23 +109,31 @@ def _reference(settings: GridSettings, motion: Motion, seed: int, base: Base) ->
     folder = Path(settings.out) / "inputs" / f"clip-{motion.rendered}-s{seed}-{frames}f"
     if not folder.exists():
         write_media(folder, render(scene)[0][0].transpose(0, 1))  # a folder of frames: nothing is lost in it
-    return folder, motion.prompt.replace(PERFORMER, caption(scene, 0, motion=False, background=False))
+    performer = caption(scene, 0, motion=False, background=False)
+    prompt, looks = (text.replace(PERFORMER, performer) for text in (motion.prompt, motion.looks or PERFORMER))
+    return folder, dataclasses.replace(motion, prompt=prompt, looks=looks)
 
 
 def _stages(
-    settings: GridSettings, arm: str, known: Mapping[str, Stage], seed: int, base: Base
+    settings: GridSettings, arm: str, known: Mapping[str, Stage], motion: Motion, seed: int, base: Base
 ) -> Iterator[tuple[str, Any]]:
     """Settings of the stages that an arm has. A run's folder is named by all that it depends on."""
     tables = settings.arms[arm]
+    if "absorber" in tables:
+        try:
+            known = with_absorber(known, motion.looks, tables["absorber"])
+        except UserError as error:
+            raise UserError(f"arms: {arm}: {error}") from error
     shared = {f.name: getattr(settings, f.name) for f in dataclasses.fields(BaseSettings)}
     outs: dict[str, str] = {}
     for stage in STAGES:
         if stage not in tables:
             continue
-        its, built_on = known[stage], dict(outs) if stage == "ttt" else {}
+        its, runs = known[stage], {name: outs[name] for name in BUILT_ON.get(stage, ()) if name in outs}
+        built_on = {"absorbers": list(runs.values())} if "absorber" in runs else runs
         _refuse(arm, stage, tables[stage], {"out", "seed", *its.fixed, *built_on, *shared, *SIZES})
         words = {flag: value for flag, value in its.fixed.items() if flag not in ("images", "video")}
-        told = [words, its.contents, [Path(run).name for run in built_on.values()], tables[stage], settings.dtype]
+        told = [words, its.contents, [Path(run).name for run in runs.values()], tables[stage], settings.dtype]
         out = str(Path(settings.out) / "runs" / f"{its.label}-{_digest(told, base)}")
         table = {**shared, **its.fixed, **built_on, "seed": seed, **tables[stage], "out": out}
         yield stage, settings_from(its.settings, table, f"arms: {arm}: {stage}")
@@ -181,7 +151,7 @@ def _clips(
 ) -> GenerateSettings:
     """Clips start from the same noise in all arms."""
     shared = {f.name: getattr(settings, f.name) for f in dataclasses.fields(BaseSettings)}
-    loras = [stages["ttt"].out] if "ttt" in stages else [its.out for its in stages.values()]
+    loras = loras_of(stages)
     table = settings.arms[arm].get("generate", {})
     known = {
         "prompt": [prompt],

@@ -10,7 +10,7 @@ from model import UserError
 from train.world import HELD_OUT_MOTIONS, HELD_OUT_SUBJECTS
 from weights import BaseSettings, settings_from
 
-STAGES = ("appearance", "motion", "ttt", "joint")
+STAGES = ("absorber", "appearance", "motion", "ttt", "joint")
 PAPER_SCORES = ("clip_t", "clip_i", "temporal_consistency", "motion_fidelity")
 
 
@@ -42,6 +42,7 @@ class Motion:
         name: in the prompts ("playing guitar").
         prompt: what the video shows ("a man is playing guitar"); of a rendered one, {performer} stands for the subject
             that was drawn to perform it.
+        looks: the same without the motion ("a man"), which absorbers learn; not given: {performer}.
         video: file of the reference clip.
         rendered: instead of a file, one of the rendered world's held-out motions, from 0 to 4, drawn with each seed.
         fps: as of `customttt motion`: which frames of the video are taken.
@@ -51,6 +52,7 @@ class Motion:
 
     name: str
     prompt: str
+    looks: str | None = None
     video: str | None = None
     rendered: int | None = None
     fps: float | None = None
@@ -71,11 +73,12 @@ class GridSettings(BaseSettings):
         out: folder for runs, clips, scores, table and report. The same command again goes on where it was stopped.
         subjects: in the file, a table by short name: name, images or rendered, prompt, trigger.
         motions: in the file, a table by short name: name, prompt, video or rendered.
-        groups: pairs of a subject and a motion, by short names (house+patrolling).
+        groups: pairs of a subject and a motion, by short names (house+patrolling), or a motion alone, which the prompts
+            then give to subjects of their own.
         prompts: what is generated; {subject} and {motion} stand for their names.
         seeds: of training and sampling; rendered photos and clips are drawn anew with each.
-        arms: in the file, by title, tables of flags of the stages that an arm has: appearance, motion, ttt, or joint
-            (an empty one: the base's own settings), and generate.
+        arms: in the file, by title, tables of flags of the stages that an arm has: absorber, appearance, motion, ttt,
+            or joint (an empty one: the base's own settings), and generate.
         compare: differences to report, "one arm - another".
         clips: of each cell, from different noise.
         scores: in the file, a table of the scorers' flags of `customttt score`: clip, tracker, lpips, ...
@@ -84,7 +87,7 @@ class GridSettings(BaseSettings):
     """
 
     out: str
-    subjects: dict[str, Any]
+    subjects: dict[str, Any] = field(default_factory=dict)
     motions: dict[str, Any]
     groups: list[str]
     prompts: list[str]
@@ -128,16 +131,36 @@ def check_grid(settings: GridSettings) -> None:
             if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name):
                 raise UserError(f"{tables}: {name!r} is no short name: letters, digits, - and _ were expected")
     for group in settings.groups:
-        who, plus, what = group.partition("+")
-        if not plus or who not in settings.subjects or what not in settings.motions:
+        who, what = parts_of(group)
+        if what not in settings.motions or who not in (None, *settings.subjects):
             raise UserError(
-                f"groups: {group} is not SUBJECT+MOTION of the subjects {', '.join(settings.subjects)} and the motions "
-                f"{', '.join(settings.motions)}"
+                f"groups: {group} is not SUBJECT+MOTION, nor a motion alone, of the subjects "
+                f"{', '.join(settings.subjects) or '(none)'} and the motions {', '.join(settings.motions)}"
             )
+    _check_lone_motions(settings)
     for prompt in settings.prompts:
         if re.search(r"[{}]", prompt.replace("{subject}", "").replace("{motion}", "")):
             raise UserError(f"prompts: {prompt!r} may hold {{subject}} and {{motion}}, and nothing else in braces")
     _check_arms(settings)
+
+
+def parts_of(group: str) -> tuple[str | None, str]:
+    """The short names of a group's subject, None where it has none, and of its motion."""
+    who, plus, what = group.rpartition("+")
+    return who if plus else None, what
+
+
+def _check_lone_motions(settings: GridSettings) -> None:
+    """What needs a subject must not be asked of a group without one."""
+    alone = [group for group in settings.groups if parts_of(group)[0] is None]
+    if not alone:
+        return
+    for prompt in settings.prompts:
+        if "{subject}" in prompt:
+            raise UserError(f"prompts: {prompt!r} holds {{subject}}, and the group {alone[0]} has none")
+    for arm, tables in settings.arms.items():
+        if isinstance(tables, Mapping) and "appearance" in tables:
+            raise UserError(f"arms: {arm}: appearance needs a subject, and the group {alone[0]} has none")
 
 
 def _check_arms(settings: GridSettings) -> None:
@@ -150,6 +173,8 @@ def _check_arms(settings: GridSettings) -> None:
         if unknown or ("ttt" in tables and not {"appearance", "motion"} <= set(tables)):
             what = f"{min(unknown)} is no stage" if unknown else "ttt needs appearance and motion"
             raise UserError(f"arms: {arm}: {what}; the stages are {', '.join(STAGES)}, and generate")
+        if "absorber" in tables and "motion" not in tables:
+            raise UserError(f"arms: {arm}: absorber serves the training of a motion LoRA, and needs motion")
         if "joint" in tables and set(tables) & set(STAGES) != {"joint"}:
             raise UserError(f"arms: {arm}: joint trains both LoRAs by itself, and goes with no other stage")
     if len({slug_of(arm) for arm in settings.arms}) < len(settings.arms):

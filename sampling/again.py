@@ -84,8 +84,12 @@ def settings_of(record: Record, where: Path, changes: Mapping[str, Any]) -> tupl
     """The settings that made a record's clip, with changes; and what filled them, where no change does.
 
     Raises:
-        UserError: a key that is no setting, or a value of a wrong type.
+        UserError: a key that is no setting, a value of a wrong type, or a clip that `customttt edit` made.
     """
+    if "source_prompt" in record.settings:
+        raise UserError(
+            f"{where} was made by `customttt edit`, of a video: give that command the settings that are in the record"
+        )
     if wrong := record.filled.keys() - LEFT_OPEN.keys():
         raise UserError(f"{where}: record: filled: {', '.join(sorted(wrong))} cannot be left open")
     filled = {name: value for name, value in record.filled.items() if name not in changes and value is not None}

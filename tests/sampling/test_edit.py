@@ -1,6 +1,5 @@
 """Editing against diffusers' inversion and pipeline on the same files, and what a person relies on."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -12,8 +11,9 @@ from two_loras import write_loras
 from lora import adapter_names, adapters
 from model import UserError
 from sampling import ddim_sample, decode, draw_noise, encode, encode_videos, evaluating, guided, read_video
+from sampling.again import generate_again
 from sampling.edit import EditSettings, edit_files, invert_latents, main
-from weights import load_lora
+from weights import find_record, load_lora
 
 SOURCE, PROMPT = "a man is playing guitar", "a teddy bear is playing guitar on the snow"
 ROUNDING = 1.01 / 127.5  # of a frame's bytes
@@ -135,8 +135,12 @@ def test_frames_are_taken_from_the_video_as_asked(base, material, tmp_path):
 def test_the_settings_are_kept_and_serve_again(base, material, tmp_path):
     chosen = settings(material, tmp_path, prompt=[PROMPT, "a ball"], strength=0.5, steps=2)
     assert [file.name for file in edit_files(chosen, base)] == ["clip-1-seed0", "clip-2-seed0"]
-    kept = EditSettings(**json.loads((tmp_path / "clip.settings.json").read_text()))
+    record = find_record(tmp_path / "clip-2-seed0")
+    assert (record.prompt, record.seed) == ("a ball", 0)
+    kept = EditSettings(**record.settings, prompt=chosen.prompt, out=chosen.out)
     assert kept == replace(chosen, **base.source)
+    with pytest.raises(UserError, match="made by `customttt edit`"):
+        generate_again(tmp_path / "clip-2-seed0", base)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,11 @@ def files(tmp_path_factory) -> Files:
 @pytest.fixture
 def base(files) -> Base:
     """The narrow base, with a recipe of few steps on small clips."""
+    return small_base(files)
+
+
+def small_base(files) -> Base:
+    """What `base` is, for modules that load it once."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loaded = load_base(files.folder, files.adapter, device="cpu")

@@ -1,5 +1,6 @@
-"""Settings of small runs of stages 1 and 2, and of joint training, on the `material` of conftest.py."""
+"""Settings of small runs of stages 1 and 2, of absorbers and of joint training, on the `material` of conftest.py."""
 
+from train.absorber import AbsorberSettings
 from train.appearance import AppearanceSettings
 from train.joint import JointSettings
 from train.motion import MotionSettings
@@ -15,6 +16,11 @@ def motion(material, out, **changes):
     return MotionSettings(
         **{"video": str(material / "clip.mp4"), "prompt": "a man runs", "out": str(out), "steps": 3, **changes}
     )
+
+
+def absorber(material, out, **changes):
+    given = {"video": str(material / "clip.mp4"), "prompt": "a <look> dog", "initializer": "dog", "out": str(out)}
+    return AbsorberSettings(**{**given, "steps": 3, "crops": 6, **changes})
 
 
 def joint(material, out, **changes):

@@ -1,10 +1,9 @@
 """Absorbers at work: while a motion is trained they hold the clip's looks, frozen, and afterwards they are gone."""
 
-import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -13,112 +12,74 @@ from torch import Tensor, nn
 from lora import adapter_modules, adapter_names, adapters, remove_adapter
 from model import UNet3D, UserError
 from sampling import encode
-from train.folder import TOKEN_FILE
-from weights import Base, load_lora, read_json, sha256, split_strength
-from weights.detect import detect
-from weights.embeddings import learned_tokens, read_embedding
+from train.absorber_files import Absorber, unet_in
+from weights import Base, Embedding, learned_tokens, load_lora, read_embedding
 from weights.keymaps import UNETS
-from weights.lora import FILE_NAME
-from weights.parts import check, read_weights, take
-from weights.tokenizer import contains
-
-CHECKPOINTS = ("one-file checkpoint", "UNet", "diffusers folder")
-
-
-@dataclass(frozen=True)
-class Absorber:
-    """One absorber, as `--absorbers` names it: a run folder or any file that loads.
-
-    Args:
-        lora: a LoRA file, at `strength`.
-        embedding: a learned token.
-        checkpoint: a file or folder whose UNet takes the place of the base's (DreamBooth).
-        strength: of the LoRA.
-        run: the folder of `train.absorber` that it comes from.
-    """
-
-    lora: Path | None = None
-    embedding: Path | None = None
-    checkpoint: Path | None = None
-    strength: float = 1.0
-    run: Path | None = None
-
-    def files(self) -> list[Path]:
-        """All files that it consists of."""
-        found = [path for path in (self.lora, self.embedding) if path is not None]
-        if self.checkpoint is not None:
-            inside = self.checkpoint.rglob("*.safetensors") if self.checkpoint.is_dir() else [self.checkpoint]
-            found += sorted(inside)
-        return found
-
-
-def find_absorber(argument: str) -> Absorber:
-    """What an argument of `--absorbers` names: a path, with a strength behind a colon if not 1.
-
-    Raises:
-        UserError: nothing there, an unfinished run, or a file that cannot absorb looks.
-    """
-    name, strength = split_strength(argument)
-    path = Path(name)
-    if not path.exists():
-        raise UserError(
-            f"{path} does not exist: an absorber's run folder, a LoRA, an embedding or a checkpoint was expected"
-        )
-    if path.is_dir() and (path / "settings.json").is_file():
-        kind = read_json(path / "settings.json").get("kind")
-        lora = path / FILE_NAME if kind != "token" else None
-        embedding = path / TOKEN_FILE if kind in ("token", "dual") else None
-        for file in (lora, embedding):
-            if file is not None and not file.is_file():
-                raise UserError(f"{path} has no {file.name}: the run in it is not finished: start it again")
-        return Absorber(lora, embedding, strength=strength, run=path if kind is not None else None)
-    kind = detect(path).kind
-    if kind == "textual inversion":
-        return Absorber(embedding=path)
-    if kind in CHECKPOINTS:
-        return Absorber(checkpoint=path)
-    return Absorber(lora=path, strength=strength)
+from weights.parts import fill, read_weights, take
+from weights.tokenizer import contains, without
 
 
 @dataclass(frozen=True)
 class Looks:
-    """What an absorber is once it is loaded: its adapters in UNet and text encoder, and the token of a learned word."""
-
-    scales: Mapping[str, float]
-    token: str | None = None
-
-
-@contextmanager
-def absorbed(base: Base, absorbers: Sequence[Absorber]) -> Iterator[list[Looks]]:
-    """Within the block the absorbers are in the base, their LoRAs switched off; afterwards it is as it was.
+    """What an absorber is once it is loaded.
 
     Args:
-        base: its UNet, and its text encoder where a LoRA has a part for it, get the adapters; all is frozen.
-        absorbers: with one checkpoint at most.
-
-    Raises:
-        UserError: a file that does not load, a LoRA that changes motion modules, or several checkpoints.
+        name: as it was given.
+        scales: its adapters in UNet and text encoder, and how strongly they are on.
+        embedding: its learned token.
+        weights: of a checkpoint's UNet, by our names; empty for the base's own.
     """
-    checkpoints = [its.checkpoint for its in absorbers if its.checkpoint is not None]
-    if len(checkpoints) > 1:
-        raise UserError(f"{checkpoints[1]}: the UNet is that of {checkpoints[0]} already; give one checkpoint")
-    embeddings = {i: read_embedding(its.embedding) for i, its in enumerate(absorbers) if its.embedding is not None}
-    with ExitStack() as stack:
-        for checkpoint in checkpoints:
-            stack.enter_context(unet_of(base.unet, checkpoint))
-        added = [stack.enter_context(frozen_lora(base, its.lora)) if its.lora else [] for its in absorbers]
-        stack.enter_context(learned_tokens(base, list(embeddings.values())))
-        yield [
-            Looks(dict.fromkeys(names, its.strength), embeddings[i].token if i in embeddings else None)
-            for i, (names, its) in enumerate(zip(added, absorbers, strict=True))
-        ]
+
+    name: str
+    scales: Mapping[str, float]
+    embedding: Embedding | None = None
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @contextmanager
-def frozen_lora(base: Base, path: Path) -> Iterator[list[str]]:
+def absorbed(
+    base: Base, sides: Sequence[Sequence[Absorber]], allow_partial: bool = False
+) -> Iterator[list[list[Looks]]]:
+    """Within the block the absorbers are loaded and frozen, and none is on; afterwards the base is as it was.
+
+    Args:
+        base: its UNet, and its text encoder where a LoRA has a part for it, get the adapters.
+        sides: the absorbers of each video.
+        allow_partial: leave out what of a LoRA has no layer here.
+
+    Raises:
+        UserError: a file that does not load, or a LoRA that changes motion modules.
+    """
+    with ExitStack() as stack:
+        loaded = [[_load(base, its, stack, allow_partial) for its in side] for side in sides]
+        for side in loaded:
+            _say_what_adds(base, side)
+        yield loaded
+
+
+def _load(base: Base, its: Absorber, stack: ExitStack, allow_partial: bool) -> Looks:
+    embedding = read_embedding(its.embedding, its.token) if its.embedding is not None else None
+    weights = spatial_weights(base.unet, its.checkpoint) if its.checkpoint is not None else {}
+    added = stack.enter_context(frozen_lora(base, its.lora, allow_partial)) if its.lora is not None else []
+    return Looks(its.name, dict.fromkeys(added, its.strength), embedding, weights)
+
+
+def _say_what_adds(base: Base, side: Sequence[Looks]) -> None:
+    networks = (base.unet, base.text.clip)
+    places = [
+        {(i, layer) for i, network in enumerate(networks) for name in its.scales for layer in present(network, name)}
+        for its in side
+    ]
+    for (one, here), (other, there) in combinations(zip(side, places, strict=True), 2):
+        if here & there:
+            print(f"{one.name} and {other.name} sit on {len(here & there)} of the same layers: they add")
+
+
+@contextmanager
+def frozen_lora(base: Base, path: Path, allow_partial: bool = False) -> Iterator[list[str]]:
     """Within the block a LoRA of looks is in the networks, switched off and without gradients; gives its adapters."""
     unet, text = base.unet, base.text.clip
-    names = list(load_lora(unet, path, fingerprints=base.fingerprints, text=text))
+    names = list(load_lora(unet, path, fingerprints=base.fingerprints, text=text, allow_partial=allow_partial))
     try:
         for name in names:
             if any(".temporal." in module for module in present(unet, name)):
@@ -146,70 +107,59 @@ def switched_on(network: nn.Module, scales: Mapping[str, float]) -> Iterator[Non
         yield
 
 
-def encode_with(base: Base, looks: Sequence[Looks], prompt: str) -> Tensor:
-    """Embeddings (1, n, d) of the prompt, its learned tokens known, the LoRAs' parts for the text encoder on.
+@contextmanager
+def at_work(unet: UNet3D, side: Sequence[Looks], trained: Mapping[str, float]) -> Iterator[None]:
+    """Within the block exactly the absorbers of one video are on, and the adapters that are trained behind them."""
+    own = {name: parameter.data for its in side for name, parameter in unet.named_parameters() if name in its.weights}
+    on = {name: scale for its in side for name, scale in its.scales.items()}
+    try:
+        for its in side:
+            _take(unet, its.weights)
+        with switched_on(unet, {**on, **trained}):
+            yield
+    finally:
+        _take(unet, own)
+
+
+def _take(unet: UNet3D, weights: Mapping[str, Tensor]) -> None:
+    for name, tensor in weights.items():
+        unet.get_parameter(name).data = tensor
+
+
+def encode_with(base: Base, side: Sequence[Looks], prompt: str) -> Tensor:
+    """Embeddings (1, n, d) of a video's prompt: its tokens known, its LoRAs' parts for the text encoder on.
 
     Raises:
-        UserError: a token that the prompt does not contain, and which would so absorb nothing.
+        UserError: a token that does not fit the base, or that the prompt lacks, so that it would absorb nothing.
     """
-    for its in looks:
-        if its.token is not None and not contains(prompt, its.token):
+    embeddings = [its.embedding for its in side if its.embedding is not None]
+    for token in (its.token for its in embeddings):
+        if not contains(prompt, token):
             raise UserError(
-                f"the absorber's token {its.token} is not in the prompt {prompt!r}: write it where the looks belong, "
-                "as in the absorber's own prompt"
+                f"the absorber's token {token} is not in the prompt {prompt!r}: write it where the looks belong, as in "
+                "the absorber's own prompt"
             )
-    with switched_on(base.text.clip, {name: scale for its in looks for name, scale in its.scales.items()}):
+    on = {name: scale for its in side for name, scale in its.scales.items()}
+    with learned_tokens(base, embeddings), switched_on(base.text.clip, on):
         return encode(base, [prompt])
 
 
-def plain(prompt: str, tokens: Sequence[str]) -> str:
+def plain(prompt: str, side: Sequence[Looks]) -> str:
     """The prompt without the absorbers' tokens, which nothing knows once they are dropped."""
-    for token in tokens:
-        prompt = re.sub(re.escape(token), "", prompt, flags=re.IGNORECASE)
-    return " ".join(prompt.split())
+    for its in side:
+        if its.embedding is not None:
+            prompt = without(prompt, its.embedding.token)
+    return prompt
 
 
-def warn_of_strangers(
-    arguments: Sequence[str], absorbers: Sequence[Absorber], videos: Sequence[Mapping[str, Path]]
-) -> None:
-    """Warn of absorbers that were trained on another clip than the one they serve, as their run folders tell.
-
-    Args:
-        arguments: as `--absorbers` names them.
-        absorbers: what they are.
-        videos: the files of each clip; with several, each has the absorber in its place.
-    """
-    contents = [{sha256(file) for file in files.values()} for files in videos]
-    for i, (argument, its) in enumerate(zip(arguments, absorbers, strict=True)):
-        if its.run is None:
-            continue
-        trained_on = set(read_json(its.run / "inputs.json").get("contents", {}).values())
-        if not trained_on & (contents[i] if len(videos) > 1 else contents[0]):
-            warnings.warn(
-                f"{argument} was trained on another clip: it may leave this one's looks to the motion LoRA",
-                stacklevel=3,
-            )
-
-
-@contextmanager
-def unet_of(unet: UNet3D, source: Path) -> Iterator[None]:
-    """Within the block the spatial weights are those of a checkpoint (DreamBooth); afterwards the base's own again.
+def spatial_weights(unet: UNet3D, source: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint's UNet by our names, where the UNet is and in its dtype.
 
     Raises:
         UserError: the checkpoint is of another architecture, damaged, or has no UNet.
     """
-    folder = source / "unet" if (source / "unet").is_dir() else source
-    part = take(source, read_weights(folder, "an absorber"), UNETS)
-    its = {name: parameter for name, parameter in unet.named_parameters() if ".temporal." not in name}
-    check(part, {name: tuple(parameter.shape) for name, parameter in its.items()})
-    own = {name: parameter.data for name, parameter in its.items()}
-    try:
-        for name, parameter in its.items():
-            new = part.tensors.pop(name).reshape(parameter.shape).to(parameter.device, parameter.dtype)
-            if not torch.isfinite(new).all():
-                raise UserError(f"{source}: {part.layout.from_ours(name) or name} holds numbers that are not finite")
-            parameter.data = new
-        yield
-    finally:
-        for name, parameter in its.items():
-            parameter.data = own[name]
+    part = take(source, read_weights(unet_in(source), "an absorber"), UNETS)
+    with torch.device("meta"):
+        its = UNet3D(replace(unet.config, motion=None))
+    fill(its, part, unet.device, unet.dtype)
+    return {name: parameter.data for name, parameter in its.named_parameters()}

@@ -7,6 +7,7 @@ python -m train.absorber --base sd15.safetensors --motion_module v3_sd15_mm.ckpt
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -16,13 +17,14 @@ from torch import Tensor, nn
 from lora import layers_with
 from model import LatentDistribution, UserError
 from sampling import derived_seed, encode, encode_videos
+from sampling.media import check_size
 from train.data import clip_files, read_clip
 from train.folder import TOKEN_FILE, RunFolder
 from train.losses import noise_loss
 from train.settings import ClipSettings, filled
 from train.stage import draw, predict, run_stage, train_adapter
-from weights import Base, open_base, parse_settings, run_command, with_source
-from weights.embeddings import Embedding, learned_tokens
+from weights import Base, Embedding, learned_tokens, open_base, parse_settings, run_command, save_embedding, with_source
+from weights.embeddings import is_known
 from weights.lora import FILE_NAME
 from weights.tokenizer import contains
 
@@ -44,10 +46,15 @@ class AbsorberSettings(ClipSettings):
         initializer: word whose vector the token starts from ("man").
         vectors: of the token, which so takes the place of several words.
         token_learning_rate: of the token's vectors; not given: a hundredth of the spread of the numbers in CLIP's
-            (1.4e-4 for Stable Diffusion, a guess).
+            (about 1.4e-4 for Stable Diffusion).
+        layers: layers of the nine that the LoRA is on; not given: all.
+        learning_rate: of the LoRA; not given: the base's for looks (1e-5).
+        steps: training steps; not given: the base's for looks (500).
+        num_frames: frames of the video to take crops of; not given: the base's (16).
+        batch_size: crops in a step; not given: the base's (1).
         crops: random crops of random frames, encoded before the first step.
-        crop_from: side of the smallest crop, of the frame's.
-        crop_to: side of the largest.
+        crop_from: height and width of the smallest crop, as a share of the frame's.
+        crop_to: the same of the largest.
     """
 
     kind: Literal["lora", "token", "dual"] = "dual"
@@ -83,19 +90,19 @@ def train_absorber(settings: AbsorberSettings, base: Base | None = None) -> Path
 
     base = base or open_base(settings)
     full = with_defaults(settings, base)
-    crops = encode_videos(base, random_crops(full)[:, :, None])
     token = None if full.kind == "lora" else first_vectors(base, full)
-    plain = encode(base, [full.prompt]) if token is None else None
-
-    def losses(step: int, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
-        i = torch.randint(full.crops, (full.batch_size,), generator=generator)
-        latents = draw(LatentDistribution(crops.mean[i], crops.std[i]), generator)
-        text = words(base, full.prompt) if plain is None else plain
-        text = text.expand(full.batch_size, -1, -1)
-        pair = predict(base.unet, base.schedule, latents, text, generator, motion=False, skew=full.timestep_skew)
-        yield "loss", noise_loss(*pair)
-
     with learned_tokens(base, [token] if token else []):
+        crops = encode_videos(base, random_crops(full)[:, :, None])
+        plain = encode(base, [full.prompt]) if token is None else None
+
+        def losses(step: int, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+            i = torch.randint(full.crops, (full.batch_size,), generator=generator)
+            latents = draw(LatentDistribution(crops.mean[i], crops.std[i]), generator)
+            text = words(base, full.prompt) if plain is None else plain
+            text = text.expand(full.batch_size, -1, -1)
+            pair = predict(base.unet, base.schedule, latents, text, generator, motion=False, skew=full.timestep_skew)
+            yield "loss", noise_loss(*pair)
+
         if full.kind == "token":
             run_stage(base, {}, losses, full, folder, inputs, token=token)
         else:
@@ -109,11 +116,15 @@ def words(base: Base, prompt: str) -> Tensor:
 
 
 def random_crops(settings: Any) -> Tensor:
-    """Random squares-to-scale of random frames: (crops, 3, height, width) in [-1, 1].
+    """Random crops of random frames, of the frame's own shape: (crops, 3, height, width) in [-1, 1].
 
     Sides are from crop_from to crop_to of the frame's, which is read at twice the size that crops come out at.
+
+    Raises:
+        UserError: a video that cannot be read or is too short, or a size that does not divide by 8.
     """
     height, width = settings.height, settings.width
+    check_size(height, width)
     clip = (settings.num_frames, 2 * height, 2 * width, settings.fps, settings.frame_step, settings.start)
     frames = read_clip(settings.video, *clip)
     generator = torch.Generator().manual_seed(derived_seed(settings.seed, "crops"))
@@ -133,7 +144,8 @@ def first_vectors(base: Base, settings: Any) -> Embedding:
     """The token before training: each of its vectors is that of the initial word.
 
     Raises:
-        UserError: that word is more than one token to CLIP, or none.
+        UserError: that word is more than one token to CLIP, or none; or the token is a word of CLIP's own, or one that
+            a file could not hold.
     """
     numbers = base.tokenizer(settings.initializer, add_special_tokens=False)["input_ids"]
     if len(numbers) != 1:
@@ -141,7 +153,15 @@ def first_vectors(base: Base, settings: Any) -> Embedding:
             f"the initializer {settings.initializer!r} is {len(numbers)} tokens to CLIP: take a plain word that is one"
         )
     row = base.text.clip.embeddings.token_embedding.weight[numbers[0]].detach().float()
-    return Embedding(settings.token, nn.Parameter(row.repeat(settings.vectors, 1)))
+    start = Embedding(settings.token, nn.Parameter(row.repeat(settings.vectors, 1)))
+    if is_known(base, start.token):
+        raise UserError(f"the token {start.token!r} is a word of CLIP's own: take another --token, such as <my-look>")
+    try:  # a word that no file can hold should show before the training, not after
+        with TemporaryDirectory() as folder:
+            save_embedding(Path(folder) / TOKEN_FILE, start)
+    except UserError as error:
+        raise UserError(f"{start.token!r} would not be read as a token from its file: take another --token") from error
+    return start
 
 
 def check_settings(settings: AbsorberSettings) -> None:

@@ -19,7 +19,7 @@ from weights.lora import FILE_NAME
 
 # Settings that change nothing about the result, and those whose files are told by their contents.
 FREE = {"out", "device", "save_every", "preview_every", "preview_prompt", "gradient_checkpointing"} | {
-    *("images", "video", "appearance", "motion"),
+    *("images", "video", "more_videos", "appearance", "motion"),
 }
 TOKEN_FILE = "embedding.safetensors"  # a learned token's, beside the LoRA or alone
 PARTS = {"unet", "motion_module", "vae", "text_encoder"}  # of a base, as `Base.fingerprints` names them

@@ -8,7 +8,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,14 +86,19 @@ def train(
         torch.manual_seed(derived_seed(settings.seed, "dropout", step))
         generator = torch.Generator().manual_seed(derived_seed(settings.seed, "step", step))
         values = {}
-        for name, loss in losses(step, generator):
-            if loss is None:
-                values[name] = math.nan
-                continue
-            values[name] = loss.item()
-            if not math.isfinite(values[name]):
-                raise UserError(f"the {name} is {values[name]}")
-            scaler.scale(loss).backward()
+        given = losses(step, generator)
+        try:
+            for name, loss in given:
+                if loss is None:
+                    values[name] = math.nan
+                    continue
+                values[name] = loss.item()
+                if not math.isfinite(values[name]):
+                    raise UserError(f"the {name} is {values[name]}")
+                scaler.scale(loss).backward()
+        finally:
+            if isinstance(given, Generator):
+                given.close()  # an error would keep it alive, and with it what its blocks switched
         gradients = [p.grad for p in parameters if p.grad is not None]
         # Lion takes signs: a gradient of NaN would not show in the weights, only end their training.
         if not scaler.is_enabled() and not torch.isfinite(get_total_norm(gradients)):

@@ -6,16 +6,17 @@ python -m train.motion --base sd15.safetensors --motion_module v3_sd15_mm.ckpt -
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora import adapters
 from model import LatentDistribution, UserError
 from sampling import encode_videos
-from train.absorbed import absorbed, encode_with, find_absorber, plain, warn_of_strangers
+from train.absorbed import absorbed, at_work, encode_with, plain
+from train.absorber_files import find_absorbers, warn_of_strangers
 from train.data import clip_files, read_clip
 from train.folder import RunFolder
 from train.losses import motion_loss
@@ -36,8 +37,9 @@ class MotionSettings(ClipSettings):
         clip_frames: frames to read, of which a step sees num_frames in a row, from a random one on; not given:
             num_frames.
         absorbers: what holds the looks while the motion is learned (Customize-A-Video): run folders of train.absorber,
-            LoRAs of any tool, textual-inversion files, or a DreamBooth checkpoint, each with a strength behind a colon
-            if not 1. Their tokens must be in the prompt.
+            LoRAs of any tool, textual-inversion files, or a DreamBooth checkpoint. Behind a colon stands a LoRA's
+            strength if not 1, or a file's token if not its own. Tokens must be in the prompt.
+        allow_partial: use what fits of absorbers' LoRA files that do not fit wholly.
         more_videos: other videos of the same motion; the absorbers are then one for each video, in this order.
         more_prompts: what is to be seen in those; not given: the prompt.
     """
@@ -45,6 +47,7 @@ class MotionSettings(ClipSettings):
     debiased: bool = True
     clip_frames: int | None = None
     absorbers: list[str] = field(default_factory=list)
+    allow_partial: bool = False
     more_videos: list[str] = field(default_factory=list)
     more_prompts: list[str] = field(default_factory=list)
 
@@ -71,23 +74,23 @@ def train_motion(settings: MotionSettings, base: Base | None = None) -> Path:
 
     base = base or open_base(settings)
     full = with_defaults(settings, base)
-    clips = [encode_videos(base, frames.transpose(0, 1)[None]) for frames in read_frames(settings, base)]
-    with absorbed(base, [find_absorber(argument) for argument in full.absorbers]) as looks:
-        sides = [looks] if len(clips) == 1 else [[its] for its in looks] or [[] for _ in clips]
-        prompts = [full.prompt, *(full.more_prompts or [full.prompt] * (len(clips) - 1))]
-        texts = [encode_with(base, side, prompt) for side, prompt in zip(sides, prompts, strict=True)]
-        on = [{name: scale for its in side for name, scale in its.scales.items()} for side in sides]
+    videos = read_frames(settings, base)
+    sides = find_absorbers(full.absorbers, len(videos))
+    with absorbed(base, sides, full.allow_partial) as looks:
+        prompts = [full.prompt, *(full.more_prompts or [full.prompt] * (len(videos) - 1))]
+        texts = [encode_with(base, side, prompt) for side, prompt in zip(looks, prompts, strict=True)]
+        clips = [encode_videos(base, frames.transpose(0, 1)[None]) for frames in videos]
 
         def losses(step: int, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
             i = int(torch.randint(len(clips), (), generator=generator)) if len(clips) > 1 else 0
             latents = draw(windows(clips[i], full.num_frames, full.batch_size, generator), generator)
             text = texts[i].expand(full.batch_size, -1, -1)
-            with adapters(base.unet, {NAME: 1.0, **on[i]}):
+            with at_work(base.unet, looks[i], {NAME: 1.0}):
                 pair = predict(base.unet, base.schedule, latents, text, generator, skew=full.timestep_skew)
                 yield "loss", motion_loss(*pair, generator, full.debiased)
 
-        prompt = plain(full.prompt, [its.token for its in looks if its.token is not None])
-        return train_adapter(base, NAME, "temporal", losses, full, folder, inputs, (prompt, ""))
+        words = (plain(full.prompt, looks[0]), "")
+        return train_adapter(base, NAME, "temporal", losses, full, folder, inputs, words)
 
 
 def windows(clip: LatentDistribution, length: int, count: int, generator: torch.Generator) -> LatentDistribution:
@@ -108,17 +111,13 @@ def motion_files(settings: MotionSettings) -> dict[str, Path]:
     further = len(settings.more_videos)
     if settings.more_prompts and len(settings.more_prompts) != further:
         raise UserError(f"{len(settings.more_prompts)} --more_prompts for {further} --more_videos: give one for each")
-    if further and settings.absorbers and len(settings.absorbers) != further + 1:
-        raise UserError(
-            f"{len(settings.absorbers)} absorbers for {further + 1} videos: give one for each, in the videos' order"
-        )
-    absorbers = [find_absorber(argument) for argument in settings.absorbers]
+    sides = find_absorbers(settings.absorbers, 1 + further)
     clips = [clip_files(video) for video in (settings.video, *settings.more_videos)]
-    warn_of_strangers(settings.absorbers, absorbers, clips)
+    warn_of_strangers(sides, clips)
     found = dict(clips[0])
     for i, files in enumerate(clips[1:], start=2):
         found |= {f"video {i}: {name}": file for name, file in files.items()}
-    for i, its in enumerate(absorbers, start=1):
+    for i, its in enumerate(chain.from_iterable(sides), start=1):
         found |= {f"absorber {i}: {file.name}": file for file in its.files()}
     return found
 

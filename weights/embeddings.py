@@ -138,6 +138,11 @@ def learned_tokens(base: Base, embeddings: Sequence[Embedding]) -> Iterator[None
         base.learned = before
 
 
+def is_known(base: Base, token: str) -> bool:
+    """Whether CLIP has a token of this name itself, which a learned one would take the place of."""
+    return len(base.tokenizer(token, add_special_tokens=False)["input_ids"]) < 2
+
+
 def unused_tokens(embeddings: Sequence[Embedding], prompts: Sequence[str]) -> list[str]:
     """The tokens that no prompt contains."""
     return [its.token for its in embeddings if not any(contains(prompt, its.token) for prompt in prompts)]
@@ -183,7 +188,7 @@ def _check_fit(base: Base, embedding: Embedding, learned: Mapping[str, Sequence[
         )
     if token.lower() in map(str.lower, learned):
         raise UserError(f"the token {token!r} is given twice: write another one behind the file and a colon")
-    if len(base.tokenizer(token, add_special_tokens=False)["input_ids"]) < 2:
+    if is_known(base, token):
         raise UserError(
             f"the token {token!r} is a word of CLIP's own, which would be lost: write another one behind the file and "
             "a colon, such as FILE:<my-word>"

@@ -94,6 +94,11 @@ def contains(prompt: str, token: str) -> bool:
     return re.search(_pattern(token), composed(prompt), re.IGNORECASE) is not None
 
 
+def without(prompt: str, token: str) -> str:
+    """The prompt without a learned token, wherever it stands in it, and with single spaces."""
+    return " ".join(re.sub(_pattern(token), "", composed(prompt), flags=re.IGNORECASE).split())
+
+
 def composed(text: str) -> str:
     """The text as CLIP's tokenizer makes it before it looks: one way to write a letter with an accent (NFC)."""
     return unicodedata.normalize("NFC", text)

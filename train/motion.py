@@ -133,7 +133,11 @@ def read_frames(settings: MotionSettings, base: Base) -> list[Tensor]:
     if count < full.num_frames:
         raise UserError(f"clip_frames must be at least num_frames, {full.num_frames}, and is {count}")
     how = (count, full.height, full.width, full.fps, full.frame_step, full.start)
-    return [read_clip(video, *how) for video in (full.video, *full.more_videos)]
+    try:
+        return [read_clip(video, *how) for video in (full.video, *full.more_videos)]
+    except UserError as error:
+        flag = "num_frames" if full.clip_frames is None else "clip_frames"  # what to lower for a video too short
+        raise UserError(str(error).replace("num_frames", flag)) from error
 
 
 def with_defaults(settings: MotionSettings, base: Base) -> Any:

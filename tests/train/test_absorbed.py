@@ -107,7 +107,7 @@ def test_a_run_of_ours_is_on_while_the_motion_trains(base, material, tmp_path, l
     name = str(looks / "0") + (":0.5" if strength == 0.5 else "")
     assert run(base, material, tmp_path / "with", [name]) == pytest.approx(expected, rel=1e-4)
     without = run(base, material, tmp_path / "without", [])
-    assert all(abs(a - b) > 1e-3 * a for a, b in zip(expected, without, strict=True))
+    assert without != pytest.approx(expected, rel=1e-4)
 
 
 def test_what_is_written_is_the_motion_alone_and_the_base_is_as_it_was(base, material, tmp_path, looks):
@@ -236,7 +236,7 @@ def test_tokens_of_other_tools_absorb(base, material, tmp_path, form):
     assert run(base, material, tmp_path / "run", [tmp_path / form]) == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("layout", ["ldm", "diffusers", "unet folder", "unet file"])
+@pytest.mark.parametrize("layout", ["ldm", "diffusers", "unet file"])
 def test_the_unet_of_a_dreambooth_checkpoint_absorbs_and_goes(base, files, material, tmp_path, looks, layout):
     dream = bases.write_base(tmp_path / "dream", "ldm" if layout == "ldm" else "diffusers", seed=1)
     expected = merged(
@@ -245,7 +245,7 @@ def test_the_unet_of_a_dreambooth_checkpoint_absorbs_and_goes(base, files, mater
     )
     text = texts_with(base, PROMPT, read_embedding(looks / "0" / "embedding.safetensors"))
     before = {name: (value, value.clone()) for name, value in base.unet.state_dict(keep_vars=True).items()}
-    source = {"unet folder": dream / "unet", "unet file": dream / "unet" / "diffusion_pytorch_model.safetensors"}
+    source = {"unet file": dream / "unet" / "diffusion_pytorch_model.safetensors"}
     found = run(base, material, tmp_path / "run", [looks / "0", source.get(layout, dream)])
     assert found == pytest.approx(expected_losses(expected, base, [clip(material)], [text]), rel=1e-4)
     after = base.unet.state_dict(keep_vars=True)

@@ -86,7 +86,7 @@ def test_losses_and_gradients_of_a_step_are_brute_force(base, material, tmp_path
     """The appearance LoRA's gradient is that of its own pass alone, though it is on in the clip's; masked it is off."""
     checked = []
 
-    def spy(unet, names, losses, settings, folder, preview):
+    def spy(unet, names, losses, settings, folder, preview, further):
         for name in names:
             for p in adapter_parameters(unet, name):
                 p.data = 0.1 * torch.randn(p.shape)
@@ -125,7 +125,7 @@ def test_losses_and_gradients_of_a_step_are_brute_force(base, material, tmp_path
 def test_one_step_in_five_leaves_the_appearance_lora_out(base, material, tmp_path, monkeypatch):
     left_out = []
 
-    def spy(unet, names, losses, settings, folder, preview):
+    def spy(unet, names, losses, settings, folder, preview, further):
         left_out.extend(next(losses(step, step_generator(0, step)))[1] is None for step in range(1000))
         raise KeyboardInterrupt
 

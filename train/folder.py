@@ -144,7 +144,9 @@ class RunFolder:
         changed = [
             f"{key} ({before.get(key)} there, {'none given' if value is None else value} now)"
             for key, value in now.items()
-            if key not in FREE and (value != before.get(key) if value is not None else key not in left_out)
+            if key not in FREE
+            and (key in before or value)  # a flag that a run of an older version did not have yet
+            and (value != before.get(key) if value is not None else key not in left_out)
         ]
         recorded = record.get("contents", {})
         names = present.keys() | recorded.keys() - PARTS

@@ -1,5 +1,6 @@
 """What `--absorbers` names: a run folder of `train.absorber`, or a file of other people's that holds looks."""
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -54,10 +55,9 @@ def find_absorber(argument: str) -> Absorber:
     Raises:
         UserError: nothing there, an unfinished run, or a file that cannot absorb looks.
     """
-    name, strength = split_strength(argument)
-    token = None
-    if not Path(name).exists():
-        name, token = split_token(argument)
+    (name, token), strength = split_token(argument), 1.0
+    if token is None or detect(name).kind != KIND or re.fullmatch(r"[-+.\d]+", token):
+        (name, strength), token = split_strength(argument), None
     path = Path(name)
     if not path.exists():
         raise UserError(
@@ -66,8 +66,6 @@ def find_absorber(argument: str) -> Absorber:
     found = replace(_find_run(path) or _find_file(path, detect(path)), name=argument, strength=strength, token=token)
     if found.lora is None and strength != 1:
         raise UserError(f"{argument}: only a LoRA has a strength, and {path} holds none: leave the number out")
-    if found.embedding is None and token is not None:
-        raise UserError(f"{argument}: behind the colon stands the strength of a LoRA, and {token!r} is no number")
     return found
 
 

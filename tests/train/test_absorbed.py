@@ -367,7 +367,7 @@ def test_absorbers_that_do_not_go_together_are_refused(base, files, material, tm
         ([ours], {"prompt": "a dog runs"}, "token <look> is not in the prompt 'a dog runs'"),
         ([ours, looks / "1"], {}, "the token '<look>' is given twice"),
         ([files.folder, files.folder / "unet"], {}, "are both checkpoints, and there is one UNet"),
-        ([lora + ":<look>"], {}, "behind the colon stands the strength of a LoRA, and '<look>' is no number"),
+        ([lora + ":<look>"], {}, "'<look>' is not a finite number"),
         ([ours], {"more_videos": [str(material / "clip.mp4")] * 2}, "1 absorbers for 3 videos: give one for each"),
         ([ours] * 2, {"more_videos": [str(material / "clip.mp4")], "more_prompts": ["a dog"]}, "in the prompt 'a dog'"),
     ):

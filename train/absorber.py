@@ -68,7 +68,7 @@ class AbsorberSettings(ClipSettings):
 
 
 def train_absorber(settings: AbsorberSettings, base: Base | None = None) -> Path:
-    """Train a spatial LoRA, a token, or both on a clip's frames in random order (Customize-A-Video, section 3.2).
+    """Train a spatial LoRA, a token, or both on a clip's frames in random order (Customize-A-Video, stage 1).
 
     The motion modules are bypassed, so that nothing of the motion gets in; random crops keep out where things are.
 

@@ -53,7 +53,7 @@ class MotionSettings(ClipSettings):
 
 
 def train_motion(settings: MotionSettings, base: Base | None = None) -> Path:
-    """Train dW_t on ordered clips with the full network (CustomTTT, section 3.1; Customize-A-Video, section 3.3).
+    """Train dW_t on ordered clips with the full network (CustomTTT, section 3.1; Customize-A-Video, stage 2).
 
     Absorbers are on and frozen while it trains, and are not part of what is written.
 

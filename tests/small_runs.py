@@ -19,7 +19,8 @@ def motion(material, out, **changes):
 
 
 def absorber(material, out, **changes):
-    given = {"video": str(material / "clip.mp4"), "prompt": "a <look> dog", "initializer": "dog", "out": str(out)}
+    prompt = "a dog" if changes.get("kind") == "lora" else "a <look> dog"
+    given = {"video": str(material / "clip.mp4"), "prompt": prompt, "initializer": "dog", "out": str(out)}
     return AbsorberSettings(**{**given, "steps": 3, "crops": 6, **changes})
 
 

@@ -42,7 +42,7 @@ class AbsorberSettings(ClipSettings):
         prompt: what it looks like, without its motion ("a <look> man"); the token stands for what words do not say.
         kind: lora (on the spatial transformers), token (a word that is learned, the networks frozen), or dual: both,
             learned together, the paper's best.
-        token: the word that is learned; it must be in the prompt, unless the kind is lora.
+        token: the word that is learned; it must be in the prompt, and must not if the kind is lora.
         initializer: word whose vector the token starts from ("man").
         vectors: of the token, which so takes the place of several words.
         token_learning_rate: of the token's vectors; not given: a hundredth of the spread of the numbers in CLIP's
@@ -93,12 +93,12 @@ def train_absorber(settings: AbsorberSettings, base: Base | None = None) -> Path
     token = None if full.kind == "lora" else first_vectors(base, full)
     with learned_tokens(base, [token] if token else []):
         crops = encode_videos(base, random_crops(full)[:, :, None])
-        plain = encode(base, [full.prompt]) if token is None else None
+        fixed = encode(base, [full.prompt]) if token is None else None
 
         def losses(step: int, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
             i = torch.randint(full.crops, (full.batch_size,), generator=generator)
             latents = draw(LatentDistribution(crops.mean[i], crops.std[i]), generator)
-            text = words(base, full.prompt) if plain is None else plain
+            text = encode_with_gradients(base, full.prompt) if fixed is None else fixed
             text = text.expand(full.batch_size, -1, -1)
             pair = predict(base.unet, base.schedule, latents, text, generator, motion=False, skew=full.timestep_skew)
             yield "loss", noise_loss(*pair)
@@ -110,7 +110,7 @@ def train_absorber(settings: AbsorberSettings, base: Base | None = None) -> Path
     return folder.path
 
 
-def words(base: Base, prompt: str) -> Tensor:
+def encode_with_gradients(base: Base, prompt: str) -> Tensor:
     """Embeddings (1, n, d) of the prompt, through which gradients reach a learned token."""
     return base.text(base.tokens([prompt])).to(base.unet.device, base.unet.dtype)
 
@@ -165,7 +165,7 @@ def first_vectors(base: Base, settings: Any) -> Embedding:
 
 
 def check_settings(settings: AbsorberSettings) -> None:
-    """Raises UserError for numbers out of range, and for a token without a place or a start."""
+    """Raises UserError for numbers out of range, and for a token without a place or a start, or that is not learned."""
     if settings.crops < 1 or settings.vectors < 1 or not 0 < settings.crop_from <= settings.crop_to <= 1:
         raise UserError(
             "crops and vectors must be at least 1, and crop_from and crop_to between 0 and 1 and in this order: got "
@@ -175,6 +175,11 @@ def check_settings(settings: AbsorberSettings) -> None:
     if rate is not None and not 0 < rate <= 1:
         raise UserError(f"token_learning_rate must be above 0 and at most 1, and is {rate}")
     if settings.kind == "lora":
+        if contains(settings.prompt, settings.token):
+            raise UserError(
+                f"the prompt {settings.prompt!r} holds the token {settings.token}, which --kind lora does not learn: "
+                "leave it out, or take --kind dual"
+            )
         return
     if not settings.initializer:
         raise UserError("give --initializer, a plain word for what is in the video (man, car), where the token starts")

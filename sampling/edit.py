@@ -17,7 +17,7 @@ from sampling.generate import GenerateSettings, clip_files, generate_files, load
 from sampling.guidance import guided
 from sampling.media import check_size, read_video
 from sampling.sample import encode, encode_videos, evaluating
-from weights import Base, open_base, parse_settings, run_command, with_source
+from weights import Base, learned_tokens, open_base, parse_settings, read_embeddings, run_command, with_source
 
 
 @dataclass(kw_only=True)
@@ -76,7 +76,8 @@ def edit_files(settings: EditSettings, base: Base | None = None) -> list[Path]:
     only_last = round(settings.strength * steps)
     video = encode_videos(base, read_source(settings, base).transpose(0, 1)[None]).mean
     with (
-        loaded_loras(base, settings.lora, settings.allow_partial) if settings.invert_with_lora else nullcontext() as on
+        loaded_loras(base, settings.lora, settings.allow_partial) if settings.invert_with_lora else nullcontext() as on,
+        learned_tokens(base, read_embeddings(settings.embedding)),
     ):
         options: dict[str, Any] = {"spacing": settings.spacing, "only_last": only_last, "refine": settings.refine}
         options["at_step"] = on

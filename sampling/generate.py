@@ -145,7 +145,8 @@ def make_clips(
         "threads": torch.get_num_threads(),
     }
     embeddings = read_embeddings(settings.embedding)
-    for token in unused_tokens(embeddings, [*its.prompt, its.negative_prompt]):
+    source = getattr(its, "source_prompt", "")  # an edit's
+    for token in unused_tokens(embeddings, [*its.prompt, its.negative_prompt, source]):
         warnings.warn(f"no prompt contains {token!r}: its embedding has no effect", stacklevel=3)
     total, done = sum(map(len, batched)), 0
     warn_of_idle(settings.lora, options["steps"], more.get("only_last"))

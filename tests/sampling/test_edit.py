@@ -13,7 +13,7 @@ from model import UserError
 from sampling import ddim_sample, decode, draw_noise, encode, encode_videos, evaluating, guided, read_video
 from sampling.again import generate_again
 from sampling.edit import EditSettings, edit_files, invert_latents, main
-from weights import find_record, load_lora
+from weights import Embedding, find_record, learned_tokens, load_lora, save_embedding
 
 SOURCE, PROMPT = "a man is playing guitar", "a teddy bear is playing guitar on the snow"
 ROUNDING = 1.01 / 127.5  # of a frame's bytes
@@ -118,6 +118,16 @@ def test_loras_are_on_while_sampling_and_when_asked_while_inverting(base, materi
             found[on] = (frames(tmp_path / "clip") - edited(base, inverted, 2)).abs().max()
     assert found[invert_with_lora] < ROUNDING
     assert found[not invert_with_lora] > 3 * ROUNDING
+
+
+def test_a_learned_word_may_stand_in_the_source_prompt(base, material, tmp_path):
+    word = Embedding("<look>", torch.randn(2, base.text.config.hidden_size))
+    save_embedding(tmp_path / "look.safetensors", word)
+    options = {"embedding": [str(tmp_path / "look.safetensors")], "source_prompt": "a <look> man", "steps": 2}
+    edit_files(settings(material, tmp_path, **options), base)
+    with learned_tokens(base, [word]):
+        inverted = invert_latents(base, source_latents(base, material), encode(base, ["a <look> man"]), 2)
+    assert (frames(tmp_path / "clip") - edited(base, inverted, 2)).abs().max() < ROUNDING
 
 
 def test_frames_are_taken_from_the_video_as_asked(base, material, tmp_path):

@@ -20,7 +20,7 @@ KINDS = ("spatial", "temporal")
 # name: which linear layers of a transformer carry an adapter
 TARGETS = {
     "blocks": ("transformer_blocks.",),  # attention and feed-forward (CustomTTT)
-    "attention": ("transformer_blocks.0.attn1.", "transformer_blocks.0.attn2."),  # Customize-A-Video, section 3.3
+    "attention": ("transformer_blocks.0.attn1.", "transformer_blocks.0.attn2."),  # Customize-A-Video, stage 2
     "all": ("transformer_blocks.", "proj_in", "proj_out"),  # MotionDirector on AnimateDiff, spatial part
 }
 

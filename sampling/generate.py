@@ -38,6 +38,7 @@ from weights import (
     versions,
     with_source,
 )
+from weights.lora import say_what_adds
 
 
 @dataclass(kw_only=True)
@@ -218,6 +219,7 @@ def loaded_loras(base: Base, arguments: Sequence[str], allow_partial: bool = Fal
     """
     unet, text = base.unet, base.text.clip
     given: dict[str, LoRAArgument] = {}
+    loras: dict[str, list[str]] = {}
 
     def present(network: nn.Module) -> dict[str, LoRAArgument]:
         names = adapter_names(network)
@@ -231,6 +233,7 @@ def loaded_loras(base: Base, arguments: Sequence[str], allow_partial: bool = Fal
         for argument in arguments:
             its = parse_lora(argument)
             given |= dict.fromkeys(added := load_lora(unet, its.path, only=its.adapter, **options), its)
+            loras[argument] = list(added)
             _check_layers(unet, its, present(unet).keys() & added.keys())
             if (its.scheduled or its.layers is not None) and present(text).keys() & added.keys():
                 warnings.warn(
@@ -238,6 +241,7 @@ def loaded_loras(base: Base, arguments: Sequence[str], allow_partial: bool = Fal
                     f"on all the way at strength {its.strength:g}",
                     stacklevel=3,
                 )
+        say_what_adds((unet, text), loras)
         constant = {name: its.strength for name, its in present(text).items()}
         with adapters(unet, {name: its.scale for name, its in present(unet).items()}), adapters(text, constant):
             changing = any(its.scheduled for its in given.values())

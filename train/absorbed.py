@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from sampling import encode
 from train.absorber_files import Absorber, unet_in
 from weights import Base, Embedding, learned_tokens, load_lora, read_embedding
 from weights.keymaps import UNETS
+from weights.lora import say_what_adds
 from weights.parts import fill, read_weights, take
 from weights.tokenizer import contains, without
 
@@ -53,7 +53,7 @@ def absorbed(
     with ExitStack() as stack:
         loaded = [[_load(base, its, stack, allow_partial) for its in side] for side in sides]
         for side in loaded:
-            _say_what_adds(base, side)
+            say_what_adds((base.unet, base.text.clip), {its.name: its.scales for its in side})
         yield loaded
 
 
@@ -62,17 +62,6 @@ def _load(base: Base, its: Absorber, stack: ExitStack, allow_partial: bool) -> L
     weights = spatial_weights(base.unet, its.checkpoint) if its.checkpoint is not None else {}
     added = stack.enter_context(frozen_lora(base, its.lora, allow_partial)) if its.lora is not None else []
     return Looks(its.name, dict.fromkeys(added, its.strength), embedding, weights)
-
-
-def _say_what_adds(base: Base, side: Sequence[Looks]) -> None:
-    networks = (base.unet, base.text.clip)
-    places = [
-        {(i, layer) for i, network in enumerate(networks) for name in its.scales for layer in present(network, name)}
-        for its in side
-    ]
-    for (one, here), (other, there) in combinations(zip(side, places, strict=True), 2):
-        if here & there:
-            print(f"{one.name} and {other.name} sit on {len(here & there)} of the same layers: they add")
 
 
 @contextmanager

@@ -8,8 +8,9 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,27 @@ def load_lora(
             remove_adapter(unet, name)
         raise UserError(f"{file.path} does not fit this base: {error}") from error
     return added
+
+
+def say_what_adds(networks: Sequence[nn.Module], loras: Mapping[str, Iterable[str]]) -> None:
+    """Print which LoRAs sit on the same layers, where their changes add up.
+
+    Args:
+        networks: the UNet and the text encoder.
+        loras: the adapters of each, by the name it was given by.
+    """
+    places = {
+        name: {
+            (i, layer)
+            for i, network in enumerate(networks)
+            for adapter in set(its) & set(adapter_names(network))
+            for layer in adapter_modules(network, adapter)
+        }
+        for name, its in loras.items()
+    }
+    for (one, here), (other, there) in combinations(places.items(), 2):
+        if here & there:
+            print(f"{one} and {other} sit on {len(here & there)} of the same layers: they add")
 
 
 def _finite(value: Any) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,12 @@ from conftest import pool_module_norms
 from diffusers import AnimateDiffPipeline, DDIMScheduler, MotionAdapter
 from diffusers.utils.torch_utils import randn_tensor
 from oracles import error
+from two_loras import write_loras
 
 from lora import adapter_names, adapter_parameters, adapters, add_adapter, remove_adapter
 from model import UserError
 from sampling import decode, draw_noise, encode, read_video, sample_latents, sample_videos
-from sampling.generate import GenerateSettings, clip_files, generate_files, main
+from sampling.generate import GenerateSettings, clip_files, generate_files, loaded_loras, main
 from weights import load_base, save_lora
 
 PROMPT = "a teddy bear is playing guitar on the snow"
@@ -236,3 +238,13 @@ def test_the_command_writes_a_clip(files, tmp_path, capsys):
     main([*flags, *sizes, "--prompt", PROMPT, "--out", str(out), "--seed", "3"])
     assert read_video(out, 2, 32, 32).shape == (2, 3, 32, 32)
     assert str(Path(out)) in capsys.readouterr().out
+
+
+def test_loras_on_the_same_layers_are_said_to_add(base, tmp_path, capsys):
+    loras = write_loras(base, tmp_path, 0.3)
+    other = shutil.copy(loras["motion"], tmp_path / "other.safetensors")
+    with loaded_loras(base, [loras["appearance"], f"{loras['motion']}:0.5", str(other)]):
+        on = [module for module in base.unet.modules() if len(getattr(module, "scales", {})) == 2]
+    said = f"{loras['motion']}:0.5 and {other} sit on {len(on)} of the same layers: they add\n"
+    assert capsys.readouterr().out == said
+    assert on

@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 
 import torch
-from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
+from diffusers import DDIMScheduler, MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from torch import Tensor, nn
 
 from model import UNet3D, UNetConfig
@@ -76,3 +76,17 @@ def _fill(reference: nn.Module, unet: UNet3D) -> nn.Module:
     assert not unexpected
     assert all(name.endswith("pos_embed.pe") for name in missing)
     return reference.eval()
+
+
+def reference_scheduler(spacing, schedule, cls=DDIMScheduler):
+    """diffusers' DDIM scheduler, or its inverse, of our noise schedule."""
+    return cls(
+        beta_schedule=schedule.beta_schedule,
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        steps_offset=1,
+        timestep_spacing=spacing,
+        prediction_type=schedule.prediction,
+        set_alpha_to_one=schedule.final_alpha_one,
+    )

@@ -1,7 +1,14 @@
-"""Settings of small runs of stages 1 and 2, of absorbers and of joint training, on the `material` of conftest.py."""
+"""Settings of small runs of stages 1 and 2, of absorbers and of joint training, on the `material` of conftest.py; and
+their end before its time.
+"""
+
+from contextlib import contextmanager
+
+import pytest
 
 from train.absorber import AbsorberSettings
 from train.appearance import AppearanceSettings
+from train.folder import RunFolder
 from train.joint import JointSettings
 from train.motion import MotionSettings
 
@@ -28,3 +35,19 @@ def joint(material, out, **changes):
     photos = {"images": str(material / "photos"), "appearance_prompt": "a teddy bear"}
     given = {"video": str(material / "clip.mp4"), "prompt": "a man runs", "out": str(out), "steps": 3}
     return JointSettings(**{**photos, **given, **changes})
+
+
+@contextmanager
+def broken_off(step):
+    """A run in the block is broken off in that step, its states left behind."""
+    log = RunFolder.log
+
+    def stop(self, number, *rest):
+        if number == step:
+            raise KeyboardInterrupt
+        log(self, number, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "log", stop)
+        with pytest.raises(KeyboardInterrupt):
+            yield

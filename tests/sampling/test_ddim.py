@@ -2,24 +2,10 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
-from oracles import error
+from oracles import error, reference_scheduler
 
 from model import NoiseSchedule, UserError
 from sampling import ddim_sample
-
-
-def reference_scheduler(spacing, schedule):
-    return DDIMScheduler(
-        beta_schedule=schedule.beta_schedule,
-        beta_start=0.00085,
-        beta_end=0.012,
-        clip_sample=False,
-        steps_offset=1,
-        timestep_spacing=spacing,
-        prediction_type=schedule.prediction,
-        set_alpha_to_one=schedule.final_alpha_one,
-    )
 
 
 def toy_network(latents, timestep):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from diffusers import DDIMInverseScheduler
-from oracles import error
+from oracles import error, reference_scheduler
 
 from model import NoiseSchedule, UserError
 from sampling import ddim_invert, ddim_sample, draw_noise, mixed_noise
@@ -43,16 +43,7 @@ def test_what_does_not_depend_on_the_latents_is_inverted_exactly(steps, spacing,
     ids=["animatediff", "v_prediction"],
 )
 def test_every_step_equals_diffusers(schedule, spacing):
-    scheduler = DDIMInverseScheduler(
-        beta_schedule=schedule.beta_schedule,
-        beta_start=0.00085,
-        beta_end=0.012,
-        clip_sample=False,
-        steps_offset=1,
-        timestep_spacing=spacing,
-        prediction_type=schedule.prediction,
-        set_alpha_to_one=schedule.final_alpha_one,
-    )
+    scheduler = reference_scheduler(spacing, schedule, DDIMInverseScheduler)
     scheduler.set_timesteps(25)
     asked = []
 

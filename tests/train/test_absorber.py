@@ -10,7 +10,7 @@ from conftest import small_base
 from oracles import error
 from PIL import Image
 from safetensors.torch import load_file
-from small_runs import absorber
+from small_runs import absorber, broken_off
 
 import train.absorber
 import train.loop
@@ -18,7 +18,6 @@ from lora import adapter_names
 from model import UserError
 from sampling import derived_seed, encode, read_video
 from train.absorber import random_crops, train_absorber, with_defaults
-from train.folder import RunFolder
 from weights import learned_tokens, load_base, read_embedding, read_lora_header
 from weights.open import with_source
 
@@ -209,27 +208,13 @@ def test_crops_depend_on_the_seed_alone(base, material):
     assert not torch.equal(cropped(base, material), cropped(base, material, seed=1))
 
 
-def stopped(settings, base, step, monkeypatch):
-    """A run that is broken off in that step, its states left behind."""
-    log = RunFolder.log
-
-    def stop(self, number, *rest):
-        if number == step:
-            raise KeyboardInterrupt
-        log(self, number, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "log", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train_absorber(settings, base)
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_that_was_stopped_ends_with_the_same_files(base, material, tmp_path, monkeypatch, kind):
+def test_a_run_that_was_stopped_ends_with_the_same_files(base, material, tmp_path, kind):
     changes = {**FAST, "dropout": 0.1, "kind": kind, "steps": 5, "save_every": 2}
     train_absorber(absorber(material, tmp_path / "whole", **changes), base)
     run = tmp_path / "run"
-    stopped(absorber(material, run, **changes), base, 3, monkeypatch)
+    with broken_off(3):
+        train_absorber(absorber(material, run, **changes), base)
     assert (run / "state.pt").is_file()
     assert not any((run / name).exists() for name in KINDS[kind])
     train_absorber(absorber(material, run, **changes), base)

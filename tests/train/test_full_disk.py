@@ -5,12 +5,11 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 
 import pytest
-from small_runs import appearance, motion
+from small_runs import appearance, broken_off, motion
 
 from model import UserError
 from sampling.generate import GenerateSettings, generate_files
 from train.appearance import train_appearance
-from train.folder import RunFolder
 from train.motion import train_motion
 from train.tiny import TinySettings, train_tiny
 from train.ttt import TTTSettings, train_ttt
@@ -31,21 +30,14 @@ def room(size):
 
 
 @pytest.mark.parametrize("full", ["log.csv", "state.pt", "lora.safetensors"])
-def test_training_ends_with_its_last_good_state_and_goes_on_from_there(base, material, tmp_path, monkeypatch, full):
-    out, log = tmp_path / "run", RunFolder.log
+def test_training_ends_with_its_last_good_state_and_goes_on_from_there(base, material, tmp_path, full):
+    out = tmp_path / "run"
     settings = motion(material, out, steps=6, save_every=2, learning_rate=1e-3)
     whole = train_motion(motion(material, tmp_path / "own", steps=6, save_every=2, learning_rate=1e-3), base)
     stop = 5 if full == "lora.safetensors" else 3  # after the last state, or before another
 
-    def stopped(self, step, *rest):
-        if step == stop:
-            raise KeyboardInterrupt
-        log(self, step, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "log", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            train_motion(settings, base)
+    with broken_off(stop):
+        train_motion(settings, base)
     good = (out / "state.pt").read_bytes()
     with (
         room(60 if full == "log.csv" else 2000),

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import motion
+from small_runs import broken_off, motion
 
 import weights.files
 from model import UserError
-from train.folder import RunFolder
 from train.motion import train_motion
 from train.states import checksum
 
@@ -23,21 +22,6 @@ STEPS = 8
 
 def settings(material, out):
     return motion(material, out, steps=STEPS, save_every=2, learning_rate=1e-3)
-
-
-def stopped_at(step, base, material, out, monkeypatch):
-    """A run that is broken off in that step, its states left behind."""
-    log = RunFolder.log
-
-    def stop(self, number, *rest):
-        if number == step:
-            raise KeyboardInterrupt
-        log(self, number, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "log", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train_motion(settings(material, out), base)
 
 
 @pytest.fixture
@@ -65,9 +49,10 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_state_falls_back_to_the_one_before(base, material, tmp_path, monkeypatch, whole, damage):
+def test_a_damaged_state_falls_back_to_the_one_before(base, material, tmp_path, whole, damage):
     out = tmp_path / "run"
-    stopped_at(7, base, material, out, monkeypatch)
+    with broken_off(7):
+        train_motion(settings(material, out), base)
     state = out / "state.pt"
     assert (out / "state.before.pt").is_file()
     state.write_bytes(DAMAGES[damage](state.read_bytes()))
@@ -77,9 +62,10 @@ def test_a_damaged_state_falls_back_to_the_one_before(base, material, tmp_path, 
     assert not list(out.glob("state*"))
 
 
-def test_where_every_state_is_damaged_it_says_what_to_delete(base, material, tmp_path, monkeypatch, whole):
+def test_where_every_state_is_damaged_it_says_what_to_delete(base, material, tmp_path, whole):
     out = tmp_path / "run"
-    stopped_at(7, base, material, out, monkeypatch)
+    with broken_off(7):
+        train_motion(settings(material, out), base)
     for name in ("state.pt", "state.before.pt"):
         (out / name).write_bytes(b"nothing of use")
     with pytest.raises(UserError, match=r"delete .*state\.pt and .*state\.before\.pt, and the run starts anew"):
@@ -89,9 +75,10 @@ def test_where_every_state_is_damaged_it_says_what_to_delete(base, material, tmp
     assert same(whole, train_motion(settings(material, out), base))
 
 
-def test_a_kill_between_the_two_renames_leaves_the_state_before(base, material, tmp_path, monkeypatch, whole):
+def test_a_kill_between_the_two_renames_leaves_the_state_before(base, material, tmp_path, whole):
     out = tmp_path / "run"
-    stopped_at(5, base, material, out, monkeypatch)
+    with broken_off(5):
+        train_motion(settings(material, out), base)
     (out / "state.pt").rename(out / "state.before.pt")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from model import UserError
+from sampling.media import image_files
 from weights import Base, lora_path, parse_lora, sha256, split_token
 from weights.peft_config import ADAPTER_FILES, PEFT_CONFIG
 
@@ -85,7 +86,12 @@ def input_files(settings: "GenerateSettings") -> dict[str, dict[str, Path]]:
     for file in tokens.values():
         if not file.is_file():
             raise UserError(f"{file} is no file: a textual-inversion file was expected")
-    return {
+    found = {
         "lora": loras | {str(config): config for config in sorted(configs) if config.is_file()},
         "embedding": tokens,
     }
+    source = getattr(settings, "video", None)  # of `customttt edit`
+    if source is not None:
+        pictures = image_files(source) if Path(source).is_dir() else [Path(source)]
+        found["video"] = {str(file): file for file in pictures}
+    return found

@@ -13,7 +13,7 @@ from model import UserError
 from sampling import ddim_sample, decode, draw_noise, encode, encode_videos, evaluating, guided, read_video
 from sampling.again import generate_again
 from sampling.edit import EditSettings, edit_files, invert_latents, main
-from weights import Embedding, find_record, learned_tokens, load_lora, save_embedding
+from weights import Embedding, find_record, learned_tokens, load_lora, save_embedding, sha256
 
 SOURCE, PROMPT = "a man is playing guitar", "a teddy bear is playing guitar on the snow"
 ROUNDING = 1.01 / 127.5  # of a frame's bytes
@@ -147,6 +147,7 @@ def test_the_settings_are_kept_and_serve_again(base, material, tmp_path):
     assert [file.name for file in edit_files(chosen, base)] == ["clip-1-seed0", "clip-2-seed0"]
     record = find_record(tmp_path / "clip-2-seed0")
     assert (record.prompt, record.seed) == ("a ball", 0)
+    assert record.files["video"] == {chosen.video: sha256(chosen.video)}
     kept = EditSettings(**record.settings, prompt=chosen.prompt, out=chosen.out)
     assert kept == replace(chosen, **base.source)
     with pytest.raises(UserError, match="made by `customttt edit`"):

@@ -11,13 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
+from lora import adapters
 from model import UserError
-from sampling.ddim import ddim_invert
-from sampling.generate import GenerateSettings, clip_files, generate_files, loaded_loras
+from sampling.ddim import AtStep, ddim_invert
+from sampling.generate import GenerateSettings, clip_files, generate_files
 from sampling.guidance import guided
 from sampling.media import check_size, read_video
 from sampling.sample import encode, encode_videos, evaluating
-from weights import Base, learned_tokens, open_base, parse_settings, read_embeddings, run_command, with_source
+from weights import Base, open_base, parse_settings, run_command, with_source
 
 
 @dataclass(kw_only=True)
@@ -75,17 +76,18 @@ def edit_files(settings: EditSettings, base: Base | None = None) -> list[Path]:
     steps = base.recipe.sampling_steps if settings.steps is None else settings.steps
     only_last = round(settings.strength * steps)
     video = encode_videos(base, read_source(settings, base).transpose(0, 1)[None]).mean
-    with (
-        loaded_loras(base, settings.lora, settings.allow_partial) if settings.invert_with_lora else nullcontext() as on,
-        learned_tokens(base, read_embeddings(settings.embedding)),
-    ):
-        options: dict[str, Any] = {"spacing": settings.spacing, "only_last": only_last, "refine": settings.refine}
-        options["at_step"] = on
-        text = encode(base, [settings.source_prompt])
-        inverted = invert_latents(base, video, text, steps, progress="inverting", **options)
-    return generate_files(
-        settings, base, inverted=inverted, noise_prior=settings.noise_prior, only_last=only_last, steps=steps
-    )
+
+    def start(at_step: AtStep | None) -> dict[str, Any]:
+        unet, text = base.unet, base.text.clip
+        kept = settings.invert_with_lora
+        with nullcontext() if kept else adapters(unet, {}), nullcontext() if kept else adapters(text, {}):
+            options: dict[str, Any] = {"spacing": settings.spacing, "only_last": only_last, "refine": settings.refine}
+            options["at_step"] = at_step if kept else None
+            words = encode(base, [settings.source_prompt])
+            inverted = invert_latents(base, video, words, steps, progress="inverting", **options)
+        return {"inverted": inverted, "noise_prior": settings.noise_prior, "only_last": only_last, "steps": steps}
+
+    return generate_files(settings, base, start)
 
 
 def check_edit(settings: EditSettings) -> None:

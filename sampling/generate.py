@@ -1,7 +1,7 @@
 """Clips from prompts, seeds and LoRAs: `python -m sampling.generate`."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,6 +39,9 @@ from weights import (
     with_source,
 )
 from weights.lora import say_what_adds
+
+# Called once, with LoRAs and embeddings loaded and what `loaded_loras` gives -> further options of `sample_latents`
+Start = Callable[[AtStep | None], dict[str, Any]]
 
 
 @dataclass(kw_only=True)
@@ -86,13 +89,13 @@ class GenerateSettings(BaseSettings):
     batch_size: int = 1
 
 
-def generate_files(settings: GenerateSettings, base: Base | None = None, **more: Any) -> list[Path]:
+def generate_files(settings: GenerateSettings, base: Base | None = None, start: Start | None = None) -> list[Path]:
     """Generate every prompt with every seed and write the clips.
 
     Args:
         settings: what, how and where to.
         base: one that is loaded already; None loads what the settings name.
-        more: further options of `sample_latents`: where sampling starts, if not from noise.
+        start: where sampling starts, if not from noise, see `Start`.
 
     Returns:
         The files written, prompts outermost.
@@ -103,12 +106,16 @@ def generate_files(settings: GenerateSettings, base: Base | None = None, **more:
     settings = with_source(settings, base)
     jobs = clip_files(settings)
     base = base or open_base(settings)
-    make_clips(settings, base, batches(jobs, settings.batch_size), left_open(settings, base), **more)
+    make_clips(settings, base, batches(jobs, settings.batch_size), left_open(settings, base), start)
     return [file for _, _, file in jobs]
 
 
 def make_clips(
-    settings: GenerateSettings, base: Base, batched: Sequence[Sequence[Clip]], filled: Mapping[str, Any], **more: Any
+    settings: GenerateSettings,
+    base: Base,
+    batched: Sequence[Sequence[Clip]],
+    filled: Mapping[str, Any],
+    start: Start | None = None,
 ) -> None:
     """Sample the clips of each batch at once and write those that have a file, each with its record.
 
@@ -117,7 +124,7 @@ def make_clips(
         base: what the settings name.
         batched: the clips.
         filled: what takes the place of settings, see `left_open`.
-        more: further options of `sample_latents`.
+        start: where sampling starts, if not from noise.
 
     Raises:
         UserError: as `generate_files`.
@@ -133,7 +140,7 @@ def make_clips(
     if base.unet.config.motion is None and its.num_frames != 1:
         warnings.warn(f"without --motion_module nothing ties the {its.num_frames} frames together", stacklevel=3)
     names = ("num_frames", "height", "width", "steps", "guidance_scale", "negative_prompt", "eta", "spacing")
-    options = {name: getattr(its, name) for name in names} | more
+    options = {name: getattr(its, name) for name in names}
     assert its.fps is not None  # it is filled in
     told = origins(settings, batched)
     now = versions(base.device)
@@ -150,9 +157,9 @@ def make_clips(
     for token in unused_tokens(embeddings, [*its.prompt, its.negative_prompt, source]):
         warnings.warn(f"no prompt contains {token!r}: its embedding has no effect", stacklevel=3)
     total, done = sum(map(len, batched)), 0
-    warn_of_idle(settings.lora, options["steps"], more.get("only_last"))
     with loaded_loras(base, settings.lora, settings.allow_partial) as at_step, learned_tokens(base, embeddings):
-        options["at_step"] = at_step
+        options |= {"at_step": at_step} | (start(at_step) if start is not None else {})
+        warn_of_idle(settings.lora, options["steps"], options.get("only_last"))
         for batch in batched:
             prompts, seeds, files = zip(*batch, strict=True)
             label = f"clip {done + 1} to {done + len(batch)} of {total}" if total > 1 else "sampling"

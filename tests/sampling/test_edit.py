@@ -6,8 +6,10 @@ import pytest
 import torch
 from conftest import pool_module_norms
 from diffusers import AnimateDiffPipeline, DDIMInverseScheduler, DDIMScheduler, MotionAdapter
+from safetensors.torch import save_file
 from two_loras import write_loras
 
+import sampling.edit
 from lora import adapter_names, adapters
 from model import UserError
 from sampling import ddim_sample, decode, draw_noise, encode, encode_videos, evaluating, guided, read_video
@@ -201,3 +203,11 @@ def test_the_command_writes_a_clip(files, material, tmp_path, capsys):
     main([*flags, *sizes, "--video", str(material / "clip.mp4"), "--prompt", PROMPT, "--out", str(out)])
     assert frames(out, 2).shape == (2, 3, 32, 32)
     assert str(out) in capsys.readouterr().out
+
+
+def test_a_lora_that_does_not_load_is_told_before_the_inversion(base, material, tmp_path, monkeypatch):
+    wrong = tmp_path / "wrong.safetensors"
+    save_file({"lora_unet_mid.lora_down.weight": torch.ones(1, 4)}, wrong)
+    monkeypatch.setattr(sampling.edit, "ddim_invert", lambda *arguments, **options: 1 / 0)
+    with pytest.raises(UserError, match=r"wrong\.safetensors"):
+        edit_files(settings(material, tmp_path, lora=[str(wrong)]), base)

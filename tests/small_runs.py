@@ -37,6 +37,11 @@ def joint(material, out, **changes):
     return JointSettings(**{**photos, **given, **changes})
 
 
+def logged(folder):
+    """The loss of each step of a run of one LoRA."""
+    return [float(row.split(",")[1]) for row in (folder / "log.csv").read_text().splitlines()[1:]]
+
+
 @contextmanager
 def broken_off(step):
     """A run in the block is broken off in that step, its states left behind."""

@@ -1,10 +1,10 @@
-"""A run to export, made once."""
+"""A run to export and a network to load LoRAs into, each made once."""
 
 import shutil
 
 import pytest
 from exports import SPECS, written
-from lora_files import small
+from lora_files import small, without_adapters
 
 from model import SD15_V2
 
@@ -23,3 +23,16 @@ def run(trained, tmp_path):
     (tmp_path / "run").mkdir()
     shutil.copy(path, tmp_path / "run")
     return tmp_path / "run", halves
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """What `unet` is: v3, or what a module puts in its place."""
+    return small()
+
+
+@pytest.fixture
+def unet(shared):
+    """A random narrow network, the same one for every test: each gets it without adapters."""
+    yield shared
+    without_adapters(shared)

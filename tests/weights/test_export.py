@@ -8,7 +8,7 @@ import lora_files as tools
 import pytest
 import torch
 from exports import SPECS, delta, exported, metadata
-from lora_files import small, without_adapters
+from lora_files import small
 from oracles import diffusers_name, diffusers_unet
 from safetensors.torch import load_file, save_file
 
@@ -24,12 +24,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*not of Stable Diffusion 1.5's 
 @pytest.fixture(scope="module")
 def shared():
     return small(SD15_V2)
-
-
-@pytest.fixture
-def unet(shared):
-    yield shared
-    without_adapters(shared)
 
 
 # adapter, format and suffix; a key that has to be in the file

@@ -5,24 +5,12 @@ import json
 import lora_files as files
 import pytest
 import torch
-from lora_files import assert_merges_as_by_hand, loaded, small, without_adapters, written
+from lora_files import assert_merges_as_by_hand, loaded, small, written
 from oracles import randomise
 
 from lora import LowRank, adapter_modules, adapter_names
 from model import SD15_V2, TextConfig, TextEncoder
 from weights import load_lora
-
-
-@pytest.fixture(scope="module")
-def shared():
-    """For tests that leave it as it was."""
-    return small()
-
-
-@pytest.fixture
-def unet(shared):
-    yield shared
-    without_adapters(shared)
 
 
 def mixed(weights):
@@ -71,8 +59,7 @@ def test_each_kind_changes_each_layer_as_by_hand(unet, tmp_path, capsys, kind, s
     assert_merges_as_by_hand(unet, name, weights)
 
 
-def test_a_published_files_line_says_what_it_is(tmp_path, capsys):
-    unet = small()
+def test_a_published_files_line_says_what_it_is(unet, tmp_path, capsys):
     weights = {
         name: LowRank(torch.randn(128, low.A.shape[1]), torch.randn(len(low.B), 128), 128.0)
         for name, low in files.random_weights(unet, files.SPATIAL + files.ATTENTION).items()

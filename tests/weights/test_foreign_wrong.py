@@ -5,24 +5,11 @@ import json
 import lora_files as files
 import pytest
 import torch
-from lora_files import assert_merges_as_by_hand, loaded, small, without_adapters, written
+from lora_files import assert_merges_as_by_hand, loaded, small, written
 
 from lora import adapter_names
 from model import SD15, SD15_V2, UserError
 from weights import load_lora
-
-
-@pytest.fixture(scope="module")
-def shared():
-    """For tests that leave it as it was."""
-    return small()
-
-
-@pytest.fixture
-def unet(shared):
-    yield shared
-    without_adapters(shared)
-
 
 # what is wrong, with the file's tensors; what is said
 Q = "down_blocks.2.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora"

@@ -24,18 +24,6 @@ from lora import (
 )
 from model import SD15, SD15_V2, SD15_V3, UNet3D, UserError
 
-NARROW = replace(SD15_V3, block_out_channels=(32, 64, 64, 64), cross_attention_dim=48)
-
-
-@pytest.fixture
-def unet():
-    return randomise(UNet3D(NARROW)).eval().requires_grad_(False)
-
-
-@pytest.fixture
-def inputs():
-    return torch.randn(1, 4, 2, 8, 8), torch.tensor([500]), torch.randn(1, 5, 48)
-
 
 def filled(unet, name, seed=1):
     """Give an adapter weights that change the output: B is zero at the start."""
@@ -84,7 +72,7 @@ def test_fresh_adapters_change_nothing_bit_for_bit(unet, inputs, kind, targets):
 def test_the_network_with_an_adapter_equals_peft(unet, inputs, kind, layers):
     spec = add_adapter(unet, "a", kind, layers, rank=4, alpha=2)
     filled(unet, "a")
-    plain = randomise(UNet3D(NARROW)).eval()
+    plain = randomise(UNet3D(unet.config)).eval()
     names = list(adapter_linears(unet, spec))
     reference = peft.get_peft_model(plain, peft.LoraConfig(r=4, lora_alpha=2, target_modules=names))
     state = {}
@@ -97,8 +85,7 @@ def test_the_network_with_an_adapter_equals_peft(unet, inputs, kind, layers):
         assert error(unet(*inputs), reference(*inputs)) < 1e-5
 
 
-def test_two_adapters_at_two_scales_add_up_in_a_layer():
-    unet = randomise(UNet3D(NARROW))
+def test_two_adapters_at_two_scales_add_up_in_a_layer(unet):
     for name in ("a", "b"):
         add_adapter(unet, name, "spatial", [2], rank=3, alpha=6)
         filled(unet, name, seed=len(name))
@@ -217,7 +204,7 @@ def test_a_removed_adapter_leaves_no_trace(unet, inputs):
 
 
 def test_base_weights_load_after_an_adapter_is_in_place(unet):
-    weights = randomise(UNet3D(NARROW), seed=5).state_dict()
+    weights = randomise(UNet3D(unet.config), seed=5).state_dict()
     add_adapter(unet, "a", "spatial", rank=4)
     missing, unexpected = unet.load_state_dict(weights, strict=False)
     assert not unexpected
@@ -243,8 +230,7 @@ def test_a_starts_normal_with_one_over_rank_and_b_at_zero(unet):
     assert all(not m.B.any() for m in modules)
 
 
-def test_layers_that_do_not_fit_are_named():
-    unet = UNet3D(NARROW)
+def test_layers_that_do_not_fit_are_named(unet):
     with pytest.raises(UserError, match=r"layer 3, 5 has no spatial transformer: choose among layers 0, 1, 2, 4"):
         add_adapter(unet, "a", "spatial", [2, 3, 5])
     with pytest.raises(UserError, match="layer 4 has no motion module"):

@@ -1,7 +1,5 @@
 """Adapters of given weights: ranks and alphas per layer, convolutions, any network; against peft and by hand."""
 
-from dataclasses import replace
-
 import peft
 import pytest
 import torch
@@ -23,24 +21,13 @@ from lora import (
     remove_adapter,
     unmerge_adapters,
 )
-from model import SD15_V3, TextConfig, TextEncoder, UNet3D, UserError
+from model import TextConfig, TextEncoder, UNet3D, UserError
 from weights import save_lora
 
-NARROW = replace(SD15_V3, block_out_channels=(32, 64, 64, 64), cross_attention_dim=48)
 SOME = (
     r"layers\.2\.spatial\.0\..*|layers\.5\.temporal\.1\..*|layers\.[15]\.(resnets\.0|downsampler|upsampler)\..*"
     r"|conv_(in|out)|time_embedding\.linear_1"
 )
-
-
-@pytest.fixture
-def unet():
-    return randomise(UNet3D(NARROW)).eval().requires_grad_(False)
-
-
-@pytest.fixture
-def inputs():
-    return torch.randn(1, 4, 2, 8, 8), torch.tensor([500]), torch.randn(1, 5, 48)
 
 
 def peft_reference(network, weights):
@@ -63,7 +50,7 @@ def test_linear_and_convolutional_layers_of_all_ranks_equal_peft(unet, inputs):
     weights = random_weights(unet, SOME, alpha=3.0)
     assert {low.rank for low in weights.values()} == {2, 3, 4}
     assert sum(low.A.ndim == 4 for low in weights.values()) >= 8
-    reference = peft_reference(randomise(UNet3D(NARROW)), weights)
+    reference = peft_reference(randomise(UNet3D(unet.config)), weights)
     place_adapter(unet, "a", weights)
     with torch.no_grad():
         plain = unet(*inputs)

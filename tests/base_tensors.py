@@ -7,11 +7,12 @@ diffusers' own converters; shapes, from the manifests ("full") or from diffusers
 
 import json
 import math
+import os
 import zlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, MotionAdapter, UNet2DConditionModel
@@ -65,6 +66,22 @@ def manifest(file: str) -> dict[str, tuple[int, ...]]:
     """The names and shapes of a published file, in its order."""
     listed = json.loads((MANIFESTS / f"{file}.json").read_text())["tensors"]
     return {key: tuple(shape) for key, shape in listed.items()}
+
+
+def hollow(
+    path: Path, shapes: dict[str, tuple[int, ...]], dtype: Literal["F16", "F32"] = "F16", **metadata: str
+) -> Path:
+    """A safetensors file, by any name, of zeros in these shapes, which take no room on the disk."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for key, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * {"F16": 2, "F32": 4}[dtype]
+        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + end)
+    return path
 
 
 def value(entry: Entry, dtype: torch.dtype, seed: int) -> Tensor:

@@ -1,25 +1,19 @@
 """Files and folders are called by their names, whatever the file system calls them; wrong ones are sent on."""
 
 import json
-from pathlib import Path
 
 import av
 import diffusers
 import numpy as np
 import pytest
 import torch
+from base_tensors import manifest
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import save_file
 
 from model.errors import UserError
 from weights.detect import detect, detect_tensors, refuse
-
-MANIFESTS = Path(__file__).parents[1] / "manifests"
-
-
-def manifest(name):
-    return {key: tuple(shape) for key, shape in json.loads((MANIFESTS / f"{name}.json").read_text())["tensors"].items()}
 
 
 def words(found):

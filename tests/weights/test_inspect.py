@@ -1,37 +1,15 @@
 """`customttt inspect` on files at full width: their headers are real, their data a hole in the disk."""
 
 import json
-import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from base_tensors import hollow, manifest
 from PIL import Image
 from safetensors.torch import save_file
 
 from weights.inspect import describe, layer_of, main
-
-MANIFESTS = Path(__file__).parents[1] / "manifests"
-BYTES = {"F32": 4, "F16": 2}
-
-
-def manifest(name):
-    return {key: tuple(shape) for key, shape in json.loads((MANIFESTS / f"{name}.json").read_text())["tensors"].items()}
-
-
-def hollow(path, shapes, dtype="F16", **metadata):
-    """A safetensors file with the right header and length that takes no room on the disk."""
-    header, end = {"__metadata__": metadata} if metadata else {}, 0
-    for name, shape in shapes.items():
-        begin, end = end, end + math.prod(shape) * BYTES[dtype]
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-    return path
 
 
 def lines(path):

@@ -1,18 +1,14 @@
 """Every kind of file is known by its tensors; names and shapes come from the manifests, diffusers and peft."""
 
-import json
-from functools import cache
-from pathlib import Path
-
 import diffusers
 import pytest
 import torch
+from base_tensors import manifest
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from weights.detect import detect_tensors
 
-MANIFESTS = Path(__file__).parents[1] / "manifests"
 SD15 = {
     "block_out_channels": (32, 64, 64, 64),
     "norm_num_groups": 8,
@@ -31,11 +27,6 @@ SDXL = {
     "projection_class_embeddings_input_dim": 64,
     "use_linear_projection": True,
 }
-
-
-@cache
-def manifest(name):
-    return {key: tuple(shape) for key, shape in json.loads((MANIFESTS / f"{name}.json").read_text())["tensors"].items()}
 
 
 def shapes(module):

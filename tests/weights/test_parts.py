@@ -1,13 +1,11 @@
 """Files that do not fit, lie in the wrong place, or are not all there: each is told apart, in words that help."""
 
 import json
-import math
-import os
 from pathlib import Path
 
 import pytest
 import torch
-from base_tensors import manifest
+from base_tensors import hollow, manifest
 from bases import (
     tensors,
     write_base,
@@ -33,18 +31,6 @@ def one_file(tmp_path_factory):
 @pytest.fixture
 def folder(tmp_path):
     return write_base(tmp_path / "sd15")
-
-
-def hollow(shapes: dict[str, tuple[int, ...]], path: Path) -> Path:
-    """A safetensors file, by any name, of zeros in these shapes, which take no room on the disk."""
-    header, end = {}, 0
-    for key, shape in shapes.items():
-        begin, end = end, end + 2 * math.prod(shape)
-        header[key] = {"dtype": "F16", "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text)
-    os.truncate(path, 8 + len(text) + end)
-    return path
 
 
 def change(file: Path, alter) -> None:
@@ -112,8 +98,8 @@ def test_a_motion_module_that_lacks_a_layer_is_refused(one_file, tmp_path):
 
 def test_a_module_for_another_width_is_refused(one_file, tmp_path):
     full = hollow(
-        {key: shape for key, shape in manifest("animatediff_v3_motion_module").items() if not key.endswith(".pe")},
         tmp_path / "full.ckpt",
+        {key: shape for key, shape in manifest("animatediff_v3_motion_module").items() if not key.endswith(".pe")},
     )
     with (
         pytest.warns(UserWarning, match="taken for v3"),
@@ -167,7 +153,7 @@ def inpainting() -> dict[str, tuple[int, ...]]:
     ],
 )
 def test_what_is_no_base_is_told_what_it_is(tmp_path, shapes, says):
-    file = hollow(shapes(), tmp_path / "wrong.ckpt")
+    file = hollow(tmp_path / "wrong.ckpt", shapes())
     with pytest.raises(UserError, match=r"wrong\.ckpt was given as the base") as told:
         load_base(file)
     assert says in str(told.value)
@@ -183,7 +169,7 @@ def test_what_is_no_base_is_told_what_it_is(tmp_path, shapes, says):
     ],
 )
 def test_what_is_no_motion_module_is_told_what_it_is(one_file, tmp_path, file, says):
-    wrong = hollow(manifest(file), tmp_path / "wrong.ckpt")
+    wrong = hollow(tmp_path / "wrong.ckpt", manifest(file))
     with pytest.raises(UserError, match=r"wrong\.ckpt was given as the motion module") as told:
         load_base(one_file, wrong)
     assert says in str(told.value)
@@ -192,7 +178,7 @@ def test_what_is_no_motion_module_is_told_what_it_is(one_file, tmp_path, file, s
 def test_a_motion_module_for_sdxl_is_told_from_ours(one_file, tmp_path):
     three_levels = {k: s for k, s in manifest("animatediff_v3_motion_module").items() if "_blocks.3." not in k}
     with pytest.raises(UserError, match=r"sdxl\.ckpt was given as the motion module.*SDXL"):
-        load_base(one_file, hollow(three_levels, tmp_path / "sdxl.ckpt"))
+        load_base(one_file, hollow(tmp_path / "sdxl.ckpt", three_levels))
 
 
 def test_folders_in_the_wrong_place_are_told_what_they_are(one_file, tmp_path):
@@ -226,7 +212,7 @@ def test_networks_that_do_not_belong_together_are_refused(folder, tmp_path):
     full = {k: s for k, s in manifest("sd15_diffusers_text").items() if "position_ids" not in k}
     (folder / "text_encoder" / "model.safetensors").unlink()
     (folder / "text_encoder" / "config.json").unlink()
-    hollow(full, folder / "text_encoder" / "pytorch_model.bin")
+    hollow(folder / "text_encoder" / "pytorch_model.bin", full)
     with pytest.raises(UserError, match=r"wants text of width 128, and the text encoder gives 768"):
         load_base(folder)
 

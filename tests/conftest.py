@@ -32,6 +32,14 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @dataclass(frozen=True)
 class Files:
     """A random narrow base on disk, as a diffusers folder, with a MotionAdapter folder of a v3 motion module."""

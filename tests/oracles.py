@@ -7,7 +7,9 @@ import torch
 from diffusers import DDIMScheduler, MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from torch import Tensor, nn
 
-from model import UNet3D, UNetConfig
+from model import NoiseSchedule, UNet3D, UNetConfig
+
+ANIMATEDIFF = NoiseSchedule("linear", prediction="epsilon", final_alpha_one=True)
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -27,6 +29,13 @@ def error(ours: Tensor, reference: Tensor) -> float:
     """Largest absolute difference, in standard deviations of the reference."""
     assert ours.shape == reference.shape
     return ((ours - reference).abs().max() / reference.std()).item()
+
+
+def sampled_latents(base, images, noise):
+    """images (f, 3, h, w) -> latents (1, 4, f, h / 8, w / 8) for the given noise."""
+    mean, log_variance = base.vae.encode(images).chunk(2, dim=1)
+    mean, std = (x.transpose(0, 1)[None] for x in (mean, (log_variance / 2).exp()))
+    return 0.18215 * (mean + std * noise)
 
 
 def diffusers_name(name: str) -> str:
@@ -78,7 +87,7 @@ def _fill(reference: nn.Module, unet: UNet3D) -> nn.Module:
     return reference.eval()
 
 
-def reference_scheduler(spacing, schedule, cls=DDIMScheduler):
+def reference_scheduler(spacing, schedule=ANIMATEDIFF, cls=DDIMScheduler):
     """diffusers' DDIM scheduler, or its inverse, of our noise schedule."""
     return cls(
         beta_schedule=schedule.beta_schedule,

@@ -11,9 +11,9 @@ import av
 import pytest
 import torch
 from conftest import pool_module_norms
-from diffusers import AnimateDiffPipeline, DDIMScheduler, MotionAdapter
+from diffusers import AnimateDiffPipeline, MotionAdapter
 from diffusers.utils.torch_utils import randn_tensor
-from oracles import error
+from oracles import error, reference_scheduler
 from two_loras import write_loras
 
 from lora import adapter_names, adapter_parameters, adapters, add_adapter, remove_adapter
@@ -42,14 +42,7 @@ def filled_lora(base, path, kind="temporal", name="motion", seed=1):
 @pytest.mark.parametrize("guidance_scale", [9.0, 1.0])
 def test_latents_of_a_guided_run_equal_diffusers(base, files, spacing, guidance_scale):
     pool_module_norms(base.unet)
-    scheduler = DDIMScheduler(
-        beta_schedule="linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        clip_sample=False,
-        steps_offset=1,
-        timestep_spacing=spacing,
-    )
+    scheduler = reference_scheduler(spacing)
     pipeline = AnimateDiffPipeline.from_pretrained(
         files.folder, motion_adapter=MotionAdapter.from_pretrained(files.adapter), scheduler=scheduler
     )

@@ -9,7 +9,7 @@ import torch
 from absorbed_runs import PROMPT, STILL, clip, reversed_clip, run
 from conftest import small_base
 from lora_files import CLIP, SPATIAL, dotted, kohya, kohya_text, merged_by_hand, random_weights, targets, written
-from oracles import diffusers_name
+from oracles import diffusers_name, sampled_latents
 from safetensors.torch import load_file
 from small_runs import motion
 
@@ -35,9 +35,8 @@ def expected_losses(unet, base, clips, texts, steps=2):
     for step in range(steps):
         generator = torch.Generator().manual_seed(derived_seed(STILL["seed"], "step", step))
         i = int(torch.randint(len(clips), (), generator=generator)) if len(clips) > 1 else 0
-        mean, log_variance = (x.transpose(0, 1)[None] for x in base.vae.encode(clips[i]).chunk(2, dim=1))
-        latents = 0.18215 * (mean + (log_variance / 2).exp() * torch.randn(mean.shape, generator=generator))
-        t, eps = torch.randint(1000, (1,), generator=generator), torch.randn(mean.shape, generator=generator)
+        latents = sampled_latents(base, clips[i], torch.randn(1, 4, 3, 4, 4, generator=generator))
+        t, eps = torch.randint(1000, (1,), generator=generator), torch.randn(latents.shape, generator=generator)
         kept = torch.cumprod(1 - torch.linspace(0.00085, 0.012, 1000), 0)[t]
         network = unet[i] if isinstance(unet, list) else unet
         noisy = kept.sqrt() * latents + (1 - kept).sqrt() * eps

@@ -5,6 +5,7 @@ from itertools import count
 
 import pytest
 import torch
+from oracles import sampled_latents
 from safetensors.torch import load_file
 from small_runs import joint
 
@@ -34,13 +35,6 @@ def seed_of(*masked):
     return next(seed for seed in count() if [is_masked(seed, i) for i in range(len(masked))] == list(masked))
 
 
-def scaled_latents(base, images, noise):
-    """images (f, 3, h, w) -> latents (1, 4, f, h / 8, w / 8) for the given noise."""
-    mean, log_variance = base.vae.encode(images).chunk(2, dim=1)
-    mean, std = (x.transpose(0, 1)[None] for x in (mean, (log_variance / 2).exp()))
-    return 0.18215 * (mean + std * noise)
-
-
 def noisy(latents, generator):
     t = torch.randint(1000, (1,), generator=generator)
     eps = torch.randn(latents.shape, generator=generator)
@@ -53,11 +47,11 @@ def brute_force(base, material, source, seed, step):
     generator = step_generator(seed, step)
     masked = torch.rand((), generator=generator).item() < 0.2
     frames = read_video(material / "clip.mp4", 3, 32, 32)
-    clip, t, eps = noisy(scaled_latents(base, frames, torch.randn(1, 4, 3, 4, 4, generator=generator)), generator)
+    clip, t, eps = noisy(sampled_latents(base, frames, torch.randn(1, 4, 3, 4, 4, generator=generator)), generator)
     if source == "photos":
         i = int(torch.randint(3, (1,), generator=generator))
         image = read_image(material / "photos" / f"{i}.png", 32, 32)[None]
-        latents = scaled_latents(base, image, torch.randn(1, 4, 1, 4, 4, generator=generator))
+        latents = sampled_latents(base, image, torch.randn(1, 4, 1, 4, 4, generator=generator))
         picture, words = noisy(latents, generator), encode(base, [CAPTIONS[i]])
     else:
         k = int(torch.randint(3, (), generator=generator))

@@ -6,6 +6,8 @@ A learning rate of 1e-12 keeps B at zero, so that every logged loss is the base'
 import pytest
 import torch
 from clips import smooth
+from oracles import sampled_latents
+from small_runs import logged
 
 import train.stage as stage
 from lora import adapter_modules
@@ -30,17 +32,6 @@ def material(tmp_path_factory):
         (root / "photos" / f"{i}.txt").write_text(["a red ball", "a blue star on the beach", "a teddy"][i])
     write_media(root / "clip.mp4", torch.rand(12, 3, 32, 32) * 2 - 1, fps=10)
     return root
-
-
-def logged(folder):
-    return [float(row.split(",")[1]) for row in (folder / "log.csv").read_text().splitlines()[1:]]
-
-
-def sampled_latents(base, images, noise):
-    """images (f, 3, h, w) -> latents (1, 4, f, h / 8, w / 8) for the given noise."""
-    mean, log_variance = base.vae.encode(images).chunk(2, dim=1)
-    mean, std = (x.transpose(0, 1)[None] for x in (mean, (log_variance / 2).exp()))
-    return 0.18215 * (mean + std * noise)
 
 
 @torch.no_grad()

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from lora_files import SPATIAL, kohya, random_weights
+from oracles import reference_scheduler
 from safetensors.torch import save_file
 from two_loras import PROMPTS, TARGET, filled_in, logged_losses, lora_files, texts, write_loras
 
@@ -76,14 +76,7 @@ def test_new_references_come_every_step_or_as_asked(base, settings):
 
 def independent_sample(base, seed, text, negative, motion, guidance_scale=9.0, spacing="trailing", steps=2, first=2):
     """DDIM steps of diffusers' scheduler with guidance, the network called twice a step."""
-    scheduler = DDIMScheduler(
-        beta_schedule="linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        clip_sample=False,
-        steps_offset=1,
-        timestep_spacing=spacing,
-    )
+    scheduler = reference_scheduler(spacing)
     scheduler.set_timesteps(steps)
     latents = draw_noise(seed, (4, 3, 4, 4))
     for t in scheduler.timesteps[:first]:

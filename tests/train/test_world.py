@@ -32,18 +32,11 @@ from train.world import (
     render,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CAPTION = re.compile(
     rf"a (?P<texture>{'|'.join(WORLD_TEXTURES)}) (?P<colour>{'|'.join(COLOURS)}) (?P<shape>{'|'.join(WORLD_SHAPES)})"
     rf" is (?P<motion>{'|'.join(WORLD_MOTIONS)}) over the (?P<background>{'|'.join(BACKGROUNDS)})"
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def winding(points: np.ndarray, outline: np.ndarray) -> np.ndarray:

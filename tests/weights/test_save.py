@@ -20,6 +20,7 @@ from weights import load_base, save_base
 from weights.detect import detect
 from weights.inspect import describe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 UNET = replace(TINY, block_out_channels=(16, 32, 32, 32), cross_attention_dim=16)
 VAE = VAEConfig(block_out_channels=(8, 16, 16, 32), norm_num_groups=8, scaling_factor=0.71)
 TEXT = TextConfig(
@@ -56,14 +57,6 @@ def folder(networks, tokenizer, tmp_path_factory):
 @pytest.fixture(scope="module")
 def base(folder):
     return load_base(folder, device="cpu")
-
-
-@pytest.fixture(autouse=True)
-def quick():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def random(*shape: int) -> torch.Tensor:

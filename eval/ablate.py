@@ -30,7 +30,6 @@ from eval.scoring import (
     score_clips,
     score_diversity,
 )
-from eval.stages import train_joint_alone
 from model import UserError
 from sampling import contact_sheet, read_video, write_media
 from sampling.generate import clip_files, generate_files
@@ -38,6 +37,7 @@ from train.absorber import train_absorber
 from train.appearance import train_appearance
 from train.data import clip_files as clip_files_of
 from train.data import read_clip, read_subject, subject_files
+from train.joint import train_joint
 from train.motion import train_motion
 from train.run import up_to_date
 from train.ttt import train_ttt
@@ -45,6 +45,7 @@ from weights import (
     Base,
     lora_path,
     open_base,
+    parse_lora,
     parse_settings,
     read_header,
     read_json,
@@ -61,7 +62,7 @@ TRAIN: dict[str, Callable[..., Path]] = {
     "appearance": train_appearance,
     "motion": train_motion,
     "ttt": train_ttt,
-    "joint": train_joint_alone,
+    "joint": train_joint,
 }
 COLUMNS = 8  # frames of a clip in contact sheets
 
@@ -150,7 +151,7 @@ def scored(cell: Cell, base: Base, scorers: Scorers, known: dict[str, Any]) -> R
         cell,
         means(kept["scores"], kept["diversity"]),
         sum(seconds(Path(its.out)) for its in cell.stages.values()),
-        sum(parameters(Path(lora)) for lora in cell.clips.lora),
+        sum(parameters(lora) for lora in cell.clips.lora),
         read_json(moved) if moved is not None else {},
     )
 
@@ -207,10 +208,12 @@ def seconds(run: Path) -> float:
         return sum(float(row["seconds"]) for row in csv.DictReader(file))
 
 
-def parameters(run: Path) -> int:
-    """Of a run's LoRA, or of a LoRA file."""
-    tensors = read_header(lora_path(run)).tensors
-    return sum(torch.Size(its.shape).numel() for its in tensors.values())
+def parameters(lora: str) -> int:
+    """Of a run's LoRA, or of one adapter of it, as `--lora` names them."""
+    its = parse_lora(lora)
+    tensors = read_header(lora_path(its.path)).tensors
+    chosen = f"{its.adapter}." if its.adapter else ""
+    return sum(info.size for name, info in tensors.items() if name.startswith(chosen))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

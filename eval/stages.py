@@ -11,11 +11,10 @@ from model import UserError
 from train.absorber import AbsorberSettings
 from train.appearance import AppearanceSettings
 from train.data import clip_files, subject_files
-from train.joint import JointSettings, train_joint
+from train.joint import JointSettings
 from train.motion import MotionSettings
 from train.ttt import TTTSettings
-from weights import Base, sha256
-from weights.export import ExportSettings, export
+from weights import sha256
 from weights.tokenizer import contains
 
 BUILT_ON = {
@@ -123,20 +122,7 @@ def loras_of(stages: Mapping[str, Any]) -> list[str]:
     if "ttt" in stages:
         return [stages["ttt"].out]
     return [
-        str(motion_alone(its)) if isinstance(its, JointSettings) and its.images is None else its.out
+        f"{its.out}#motion" if isinstance(its, JointSettings) and its.images is None else its.out
         for stage, its in stages.items()
         if stage != "absorber"
     ]
-
-
-def motion_alone(joint: JointSettings) -> Path:
-    """The file with only the motion LoRA of a joint run."""
-    return Path(f"{joint.out}-motion.safetensors")
-
-
-def train_joint_alone(settings: JointSettings, base: Base) -> Path:
-    """Train both LoRAs, and write down the motion LoRA by itself where the looks are those of the reference clip."""
-    lora = train_joint(settings, base)
-    if settings.images is None and not motion_alone(settings).is_file():
-        export(ExportSettings(run=settings.out, format="own", adapter="motion", out=str(motion_alone(settings))))
-    return lora

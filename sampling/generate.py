@@ -55,8 +55,8 @@ class GenerateSettings(BaseSettings):
             for each of some of the layers 0 to 8, the others being off: jog:2=0.5,6=1. For a part of denoising:
             jog:0.8@0-0.6, on from 0 (pure noise) inclusive to 0.6 exclusive, where 1 is the end. One adapter of a run
             with several: runs/both#motion:0.8.
-        embedding: textual-inversion files, whose tokens the prompts may then hold; for another token than the file's
-            own, it stands behind a colon (cat.pt:<my-cat>).
+        embedding: textual-inversion files, or run folders of absorbers with a token, whose tokens the prompts may then
+            hold; for another token than the file's own, it stands behind a colon (cat.pt:<my-cat>).
         allow_partial: use what fits of LoRA files that do not fit wholly.
         seed: one or several seeds.
         negative_prompt: what to keep away from.

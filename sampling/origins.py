@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from model import UserError
 from sampling.media import image_files
-from weights import Base, lora_path, parse_lora, sha256, split_token
+from weights import Base, embedding_path, lora_path, parse_lora, sha256, split_token
 from weights.peft_config import ADAPTER_FILES, PEFT_CONFIG
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def input_files(settings: "GenerateSettings") -> dict[str, dict[str, Path]]:
         if not file.is_file():  # a device would be read for ever
             raise UserError(f"{file} is no file")
     configs = {file.with_name(PEFT_CONFIG) for file in loras.values() if file.name in ADAPTER_FILES}
-    tokens = {name: Path(name) for name in (split_token(argument)[0] for argument in settings.embedding)}
+    tokens = {name: embedding_path(name) for name in (split_token(argument)[0] for argument in settings.embedding)}
     for file in tokens.values():
         if not file.is_file():
             raise UserError(f"{file} is no file: a textual-inversion file was expected")

@@ -19,12 +19,12 @@ from model import LatentDistribution, UserError
 from sampling import derived_seed, encode, encode_videos
 from sampling.media import check_size
 from train.data import clip_files, read_clip
-from train.folder import TOKEN_FILE, RunFolder
+from train.folder import RunFolder
 from train.losses import noise_loss
-from train.settings import ClipSettings, filled
+from train.settings import AdapterSettings, ClipSettings, filled
 from train.stage import draw, predict, run_stage, train_adapter
 from weights import Base, Embedding, learned_tokens, open_base, parse_settings, run_command, save_embedding, with_source
-from weights.embeddings import is_known
+from weights.embeddings import TOKEN_FILE, is_known
 from weights.lora import FILE_NAME
 from weights.tokenizer import contains
 
@@ -34,7 +34,7 @@ TOKEN_RATE = 0.01  # of the spread of CLIP's vectors: what Lion moves each numbe
 
 
 @dataclass(kw_only=True)
-class AbsorberSettings(ClipSettings):
+class AbsorberSettings(AdapterSettings, ClipSettings):
     """Stage 1 of Customize-A-Video: the looks of a clip, to be left out of its motion LoRA.
 
     Args:

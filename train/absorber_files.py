@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from model import UserError
-from train.folder import TOKEN_FILE
 from weights import lora_path, read_json, sha256, split_strength, split_token
 from weights.detect import FileKind, detect, refuse
-from weights.embeddings import KIND
+from weights.embeddings import KIND, TOKEN_FILE
 from weights.lora import FILE_NAME
 
 CHECKPOINTS = ("one-file checkpoint", "UNet", "diffusers folder")

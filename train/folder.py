@@ -13,7 +13,7 @@ from torch import nn
 from model import UserError
 from train.states import add_row, cut_log, restore_state, save_state, states
 from weights import Base, read_json, save_lora, save_settings, sha256, write_json
-from weights.embeddings import Embedding, save_embedding
+from weights.embeddings import TOKEN_FILE, Embedding, save_embedding
 from weights.folders import UNFINISHED, check_folder, remove_leftovers
 from weights.lora import FILE_NAME
 
@@ -21,7 +21,6 @@ from weights.lora import FILE_NAME
 FREE = {"out", "device", "save_every", "preview_every", "preview_prompt", "gradient_checkpointing"} | {
     *("images", "video", "more_videos", "appearance", "motion"),
 }
-TOKEN_FILE = "embedding.safetensors"  # a learned token's, beside the LoRA or alone
 PARTS = {"unet", "motion_module", "vae", "text_encoder"}  # of a base, as `Base.fingerprints` names them
 
 

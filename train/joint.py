@@ -21,7 +21,7 @@ from train.data import clip_files, read_clip, read_subject, subject_files
 from train.folder import RunFolder
 from train.loop import LoopSettings
 from train.losses import motion_loss, noise_loss
-from train.settings import FreshSettings, filled
+from train.settings import ClipSettings, filled
 from train.stage import Noised, draw, fresh_adapter, noised, predict_noised, run_stage
 from weights import Base, open_base, parse_settings, run_command, with_source
 
@@ -29,33 +29,25 @@ MASKED = 0.2  # share of the steps that leave the appearance LoRA out
 
 
 @dataclass(kw_only=True)
-class JointSettings(FreshSettings):
+class JointSettings(ClipSettings):
     """MotionDirector's training: a LoRA of looks and one of motion, on all layers, both in every step.
 
     Whose looks is our reading: the subject's, from photos, as the comparison with CustomTTT needs; MotionDirector's own
     is without --images.
 
     Args:
-        video: any video, or a folder of frames; the prompt says what is to be seen in it.
         images: folder with pictures of the subject; a .txt beside a picture is its own caption. Not given: the looks
             are those of the video, from one random frame a step, noised as the clip itself, under the clip's prompt.
         appearance_prompt: of the images, a plain description of the subject ("a teddy bear").
         trigger: the words of that prompt that name the subject, noted in the file for other tools.
         appearance_learning_rate: of the appearance LoRA, where learning_rate is the motion LoRA's; not given: the
             base's (1e-5).
-        fps: take frames at this rate; not given: every frame_step-th frame.
-        frame_step: take every n-th frame.
-        start: seconds into the video.
     """
 
-    video: str
     images: str | None = None
     appearance_prompt: str | None = None
     trigger: str = ""
     appearance_learning_rate: float | None = None
-    fps: float | None = None
-    frame_step: int = 1
-    start: float = 0.0
 
     def loop(self) -> LoopSettings:
         """As of every stage, with a learning rate of the appearance LoRA's own; raises UserError for a bad one too."""

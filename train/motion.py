@@ -20,7 +20,7 @@ from train.absorber_files import find_absorbers, warn_of_strangers
 from train.data import clip_files, read_clip
 from train.folder import RunFolder
 from train.losses import motion_loss
-from train.settings import ClipSettings, filled
+from train.settings import AdapterSettings, ClipSettings, filled
 from train.stage import draw, predict, train_adapter
 from weights import Base, open_base, parse_settings, run_command, with_source
 
@@ -28,7 +28,7 @@ NAME = "motion"  # of the adapter
 
 
 @dataclass(kw_only=True)
-class MotionSettings(ClipSettings):
+class MotionSettings(AdapterSettings, ClipSettings):
     """Stage 2: the motion of one video, or the one that several share.
 
     Args:

@@ -94,21 +94,8 @@ class FreshSettings(TrainSettings):
 
 
 @dataclass(kw_only=True)
-class AdapterSettings(FreshSettings):
-    """A run that trains one fresh LoRA.
-
-    Args:
-        layers: layers of the nine that are trained; not given: the base's (appearance 2 6, motion 2 5).
-        targets: its linear layers: attention and feed-forward (blocks), attention alone, or all with the projections.
-    """
-
-    layers: list[int] | None = None
-    targets: Literal["blocks", "attention", "all"] = "blocks"
-
-
-@dataclass(kw_only=True)
-class ClipSettings(AdapterSettings):
-    """A run that trains one fresh LoRA on a clip.
+class ClipSettings(FreshSettings):
+    """A run that trains fresh LoRAs on a clip.
 
     Args:
         video: any video, or a folder of frames.
@@ -121,6 +108,19 @@ class ClipSettings(AdapterSettings):
     fps: float | None = None
     frame_step: int = 1
     start: float = 0.0
+
+
+@dataclass(kw_only=True)
+class AdapterSettings(FreshSettings):
+    """A run that trains one fresh LoRA.
+
+    Args:
+        layers: layers of the nine that are trained; not given: the base's (appearance 2 6, motion 2 5).
+        targets: its linear layers: attention and feed-forward (blocks), attention alone, or all with the projections.
+    """
+
+    layers: list[int] | None = None
+    targets: Literal["blocks", "attention", "all"] = "blocks"
 
 
 def filled(settings: TrainSettings, base: Base, **defaults: Any) -> Any:

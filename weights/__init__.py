@@ -4,6 +4,7 @@ from weights.command import run_command
 from weights.device import placed
 from weights.embeddings import (
     Embedding,
+    embedding_path,
     learned_tokens,
     read_embedding,
     read_embeddings,
@@ -39,6 +40,7 @@ __all__ = [
     "Record",
     "atomic_write",
     "complete",
+    "embedding_path",
     "find_record",
     "json_text",
     "learned_tokens",

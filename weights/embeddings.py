@@ -17,6 +17,7 @@ from weights.load import Base
 from weights.tokenizer import contains
 
 KIND = "textual inversion"  # what `detect` calls such files
+TOKEN_FILE = "embedding.safetensors"  # in run folders: a learned token's, beside the LoRA or alone
 BARE = "tensor"  # what `read_checkpoint` calls a tensor that is all of a file
 A1111 = "string_to_param."
 NAMELESS = ("*", "emb_params", "clip_l", "clip_g")  # names of entries that do not say the token
@@ -45,13 +46,13 @@ def read_embedding(path: str | Path, token: str | None = None) -> Embedding:
     """Read a textual-inversion file: A1111's, diffusers' learned_embeds, `emb_params`, or a bare tensor.
 
     Args:
-        path: the file.
+        path: the file, or the run folder of an absorber with a token.
         token: how prompts write it; None: as the file says, else the file's name without its suffix.
 
     Raises:
         UserError: no such file, a file of another kind, for another model, or damaged, or without a token.
     """
-    path = Path(path)
+    path = embedding_path(path)
     if not path.is_file():
         raise UserError(f"{path} is no file: a textual-inversion file was expected (its token is :TOKEN behind it)")
     found, header = detect(path), read_header(path)
@@ -68,6 +69,12 @@ def read_embedding(path: str | Path, token: str | None = None) -> Embedding:
         raise UserError(f"{path} holds vectors, and no token for them: write one behind a colon, {path}:TOKEN")
     vectors = next(iter(entries.values()))
     return _checked(path, token, vectors[None] if vectors.ndim == 1 else vectors)
+
+
+def embedding_path(path: str | Path) -> Path:
+    """The file that a path names: a run folder's, or itself."""
+    inside = Path(path) / TOKEN_FILE
+    return inside if inside.is_file() else Path(path)
 
 
 def read_embeddings(arguments: Sequence[str]) -> list[Embedding]:
@@ -93,7 +100,7 @@ def split_token(argument: str) -> tuple[str, str | None]:
     """ "cat.pt:<cat>" -> ("cat.pt", "<cat>"); the file is what exists, so that colons may be in both."""
     ends = [i for i, letter in enumerate(argument) if letter == ":"]
     for end in [] if Path(argument).exists() else reversed(ends):
-        if Path(argument[:end]).is_file():
+        if embedding_path(argument[:end]).is_file():
             return argument[:end], argument[end + 1 :]
     return argument, None
 

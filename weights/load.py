@@ -34,7 +34,7 @@ from weights.keymaps import (
 )
 from weights.parts import Part, account, fill, read_part, take
 from weights.recipe import read_recipe
-from weights.tokenizer import WHERE_VOCABULARY_GOES, composed, read_tokenizer, tokenize, tokenizer_on_hub
+from weights.tokenizer import WHERE_VOCABULARY_GOES, composed, read_tokenizer, tokenize, tokenizer_on_hub, unlearned
 
 # A base's networks: folder in diffusers' layout, what is in it, how its tensors may be named, which may stay unused.
 NETWORKS: tuple[tuple[str, str, tuple[Layout, ...], dict[str, str]], ...] = (
@@ -111,6 +111,12 @@ class Base:
         rows = []
         for prompt in map(composed, prompts):
             found = tokenize(its, prompt, self.learned)
+            if unknown := unlearned(its, prompt, self.learned):
+                warnings.warn(
+                    f"nothing was learned for {' and '.join(unknown)} in {prompt!r}, which is read letter by letter: "
+                    "--embedding brings such words, or --absorbers where a motion is trained",
+                    stacklevel=3,
+                )
             if len(found) > length - 2:
                 lost = prompt[found[length - 2][1] :]
                 warnings.warn(f"the prompt is longer than {length - 2} tokens, and this is cut: {lost!r}", stacklevel=3)

@@ -209,6 +209,7 @@ def _describe(hint: Any) -> str:
 
 def _print_help(cls: type, prog: str | None, description: str | None, sources: Mapping[str, str]) -> None:
     hints = {**dict.fromkeys(sources, Path), **_types(cls)}
+    unless = "".join(f", unless --{name} is given" for name in sources if name != "config")  # what has it all already
 
     class Formatter(argparse.HelpFormatter):
         """Flag, value and default on one line where they fit, without types in Python's words."""
@@ -223,10 +224,11 @@ def _print_help(cls: type, prog: str | None, description: str | None, sources: M
             return f"--{action.dest} {values}".rstrip() if hint else ", ".join(action.option_strings)
 
         def _get_help_string(self, action: argparse.Action) -> str:
-            default = action.default
-            words = " ".join(map(str, default if isinstance(default, list | tuple) else [default]))
-            shown = default if isinstance(default, bool) else default not in (None, "", [], (), {})
-            end = " (required)" if action.required else f" (default: {words})" if action.dest in hints and shown else ""
+            value = action.default
+            words = " ".join(map(str, value if isinstance(value, list | tuple) else [value]))
+            shown = value if isinstance(value, bool) else value not in (None, "", [], (), {})
+            default = f" (default: {words})" if action.dest in hints and shown else ""
+            end = f" (required{unless})" if action.required else default
             return (re.sub(r"(?<!\.)\.$", "", action.help or "") + end).replace("%", "%%")
 
     usage = "%(prog)s [--config FILE] [--FLAG VALUE ...]"

@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
@@ -97,6 +97,14 @@ def contains(prompt: str, token: str) -> bool:
 def without(prompt: str, token: str) -> str:
     """The prompt without a learned token, wherever it stands in it, and with single spaces."""
     return " ".join(re.sub(_pattern(token), "", composed(prompt), flags=re.IGNORECASE).split())
+
+
+def unlearned(tokenizer: CLIPTokenizer, prompt: str, learned: Iterable[str]) -> list[str]:
+    """The words in angle brackets, as people write learned tokens, that neither CLIP nor `learned` knows."""
+    for token in learned:
+        prompt = without(prompt, token)
+    found = re.findall(r"<[^<>]+>", prompt)
+    return [word for word in found if len(tokenizer(word, add_special_tokens=False)["input_ids"]) > 1]
 
 
 def composed(text: str) -> str:

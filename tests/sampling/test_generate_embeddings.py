@@ -10,7 +10,7 @@ from model import UserError
 from sampling import read_video, sample_videos
 from sampling.generate import GenerateSettings, clip_files, generate_files, main
 from train.run import RunSettings, section, up_to_date
-from weights import Embedding, find_record, learned_tokens, with_source
+from weights import Embedding, find_record, learned_tokens, save_embedding, with_source
 
 WIDTH = 128
 
@@ -33,7 +33,8 @@ def clip(base, out, **options):
 @pytest.mark.parametrize("where", ["prompt", "negative_prompt"])
 def test_the_clip_is_that_of_the_embedded_prompt(base, file, tmp_path, where):
     words = {"prompt": "a dog plays", "negative_prompt": "red"} | {where: "a <cat> plays"}
-    plain = sample_videos(base, [words["prompt"]], [1], words["negative_prompt"])[0]
+    with pytest.warns(UserWarning, match="nothing was learned for <cat> in 'a <cat> plays'"):
+        plain = sample_videos(base, [words["prompt"]], [1], words["negative_prompt"])[0]
     with learned_tokens(base, [Embedding("<cat>", load_file(file)["emb_params"])]):
         expected = sample_videos(base, [words["prompt"]], [1], words["negative_prompt"])[0]
     words["prompt"] = [words["prompt"]]
@@ -51,6 +52,15 @@ def test_a_token_that_no_prompt_contains_is_warned_about(base, file, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         generate_files(GenerateSettings(out=str(tmp_path / "c"), **options | {"prompt": ["a category", "Cat's"]}), base)
+
+
+def test_an_absorbers_run_folder_is_taken_for_its_token(base, file, tmp_path):
+    save_embedding(tmp_path / "looks" / "embedding.safetensors", Embedding("<look>", load_file(file)["emb_params"]))
+    prompt = {"prompt": ["a <look> plays"], "steps": 1}
+    own = clip(base, tmp_path / "a", embedding=[str(tmp_path / "looks")], **prompt)
+    renamed = clip(base, tmp_path / "b", embedding=[f"{tmp_path / 'looks'}:<x>"], prompt=["a <x> plays"], steps=1)
+    assert own.equal(clip(base, tmp_path / "c", embedding=[f"{file}:<look>"], **prompt))
+    assert own.equal(renamed)
 
 
 def test_files_in_the_wrong_place_are_sent_to_the_right_one(base, file, tmp_path):

@@ -80,6 +80,15 @@ def test_tokens_may_hold_more_than_letters(base, token, prompt, parts):
         assert base.tokens([prompt]).tolist() == [spliced(base, *parts)]
 
 
+def test_a_word_in_brackets_that_nothing_knows_is_warned_about(base):
+    with learned_tokens(base, [Embedding("<good>", V)]):
+        with pytest.warns(UserWarning, match="nothing was learned for <look> and <a b> in 'a <look> <good> <a b>'"):
+            base.tokens(["a <look> <good> <a b>"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            base.tokens(["a <good> 3 < 4 and <|endoftext|>"])
+
+
 def test_of_two_tokens_that_fit_the_longer_counts(base):
     with learned_tokens(base, [Embedding("<a>", V), Embedding("<a>-b", V[:1])]):
         assert base.tokens(["<a> <a>-b <a>-c"]).tolist() == [spliced(base, X, (1026,), X, "-c")]
@@ -105,6 +114,7 @@ def test_what_is_cut_is_said_where_a_token_takes_several_places(base):
             base.embed(["<x> " + fill[2:] + "dog"])
 
 
+@pytest.mark.filterwarnings("ignore:nothing was learned")
 @pytest.mark.parametrize("fails", [False, True])
 def test_afterwards_the_base_is_as_it_was(base, fails):
     table, tokenizer = base.text.clip.embeddings.token_embedding, base.tokenizer

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from model.errors import UserError
-from weights.settings import parse_settings, read_config, save_settings, settings_from
+from weights.settings import parse_given, parse_settings, read_config, save_settings, settings_from
 
 
 @dataclass(frozen=True)
@@ -240,6 +240,9 @@ def test_help_says_what_is_required_and_that_nought_is_a_default(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "--out TEXT where to (required) --start X seconds (default: 0.0)" in text
     assert text.endswith("--table {...} settings of a step: images, prompt, ...")
+    with pytest.raises(SystemExit):
+        parse_given(Needy, ["-h"], sources={"from": "a clip"})
+    assert "where to (required, unless --from is given)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_help_shows_each_field_with_its_docstring_and_default(capsys, monkeypatch):

@@ -3,6 +3,7 @@
 The video's latents are taken back to noise by DDIM inversion, and new clips start from there.
 """
 
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -75,6 +76,11 @@ def edit_files(settings: EditSettings, base: Base | None = None) -> list[Path]:
     base = base or open_base(settings)
     steps = base.recipe.sampling_steps if settings.steps is None else settings.steps
     only_last = round(settings.strength * steps)
+    if settings.strength and steps > 0 and not only_last:
+        raise UserError(
+            f"strength {settings.strength:g} of {steps} steps is not one step, and nothing would be made anew: give "
+            f"{1 / steps:g} or more, or 0 for the video through the autoencoder alone"
+        )
     video = encode_videos(base, read_source(settings, base).transpose(0, 1)[None]).mean
 
     def start(at_step: AtStep | None) -> dict[str, Any]:
@@ -107,10 +113,15 @@ def check_edit(settings: EditSettings) -> None:
             f"noise_prior {settings.noise_prior} mixes pure noise into the start, and at strength {settings.strength} "
             "the start is no pure noise: give one of the two"
         )
-    if len(settings.seed) > 1 and settings.noise_prior == 1 and settings.eta == 0:
-        raise UserError(
-            "several seeds give the same clip here, where nothing is random: give one, or --noise_prior below 1"
-        )
+    if settings.invert_with_lora and not settings.lora:
+        raise UserError("invert_with_lora has LoRAs on while inverting, and there is none: give --lora too")
+    if settings.noise_prior == 1 and (settings.eta == 0 or settings.strength == 0):
+        if len(settings.seed) > 1:
+            raise UserError(
+                "several seeds give the same clip here, where nothing is random: give one, or --noise_prior below 1"
+            )
+        if settings.seed != [0]:
+            warnings.warn(f"seed {settings.seed[0]} has no effect: nothing is random here", stacklevel=3)
     if not Path(settings.video).exists():
         raise UserError(f"{settings.video} does not exist.")
     if Path(settings.video).resolve() in [file.resolve() for file in files]:

@@ -239,6 +239,8 @@ def loaded_loras(base: Base, arguments: Sequence[str], allow_partial: bool = Fal
     try:
         for argument in arguments:
             its = parse_lora(argument)
+            if argument in loras:
+                raise UserError(f"{argument} is given twice: for more of it, raise its strength")
             given |= dict.fromkeys(added := load_lora(unet, its.path, only=its.adapter, **options), its)
             loras[argument] = list(added)
             _check_layers(unet, its, present(unet).keys() & added.keys())
@@ -274,11 +276,10 @@ def warn_of_idle(arguments: Sequence[str], steps: int, only_last: int | None) ->
     """Say which LoRAs no step has on: in a range between two steps, or before the first that is taken."""
     taken = range(0 if only_last is None else steps - only_last, steps)
     for its in map(parse_lora, arguments):
-        if taken and not any(its.on(step, steps) for step in taken):
+        if not any(its.on(step, steps) for step in taken):
+            begin = f", the first at {taken[0] / steps:g} of denoising," if taken else ""
             warnings.warn(
-                f"{its.text} has no effect: none of the {len(taken)} steps, the first at {taken[0] / steps:g} of "
-                "denoising, begins in its range",
-                stacklevel=4,
+                f"{its.text} has no effect: none of the {len(taken)} steps{begin} begins in its range", stacklevel=4
             )
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from train.absorber import AbsorberSettings
+from train.absorber import UNUSED, AbsorberSettings
 from train.appearance import AppearanceSettings
 from train.folder import RunFolder
 from train.joint import JointSettings
@@ -26,9 +26,12 @@ def motion(material, out, **changes):
 
 
 def absorber(material, out, **changes):
+    """Of the changes only those that its kind has a use for."""
     prompt = "a dog" if changes.get("kind") == "lora" else "a <look> dog"
     given = {"video": str(material / "clip.mp4"), "prompt": prompt, "initializer": "dog", "out": str(out)}
-    return AbsorberSettings(**{**given, "steps": 3, "crops": 6, **changes})
+    unused = UNUSED.get(changes.get("kind", "dual"), ("", ()))[1]
+    settings = {**given, "steps": 3, "crops": 6, **changes}
+    return AbsorberSettings(**{name: value for name, value in settings.items() if name not in unused})
 
 
 def joint(material, out, **changes):

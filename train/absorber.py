@@ -5,7 +5,7 @@ python -m train.absorber --base sd15.safetensors --motion_module v3_sd15_mm.ckpt
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -24,12 +24,17 @@ from train.losses import noise_loss
 from train.settings import AdapterSettings, ClipSettings, filled
 from train.stage import draw, predict, run_stage, train_adapter
 from weights import Base, Embedding, learned_tokens, open_base, parse_settings, run_command, save_embedding, with_source
-from weights.embeddings import TOKEN_FILE, is_known
+from weights.detect import TOKEN_FILE
+from weights.embeddings import is_known
 from weights.lora import FILE_NAME
-from weights.tokenizer import contains
+from weights.tokenizer import composed, contains, tokenize
 
 NAME = "absorber"  # of its adapter
 RESULTS = {"lora": (FILE_NAME,), "token": (TOKEN_FILE,), "dual": (TOKEN_FILE, FILE_NAME)}  # files of a finished run
+UNUSED = {  # what a kind does without, and the settings that belong to it
+    "token": ("LoRA", ("rank", "layers", "targets", "dropout", "learning_rate")),
+    "lora": ("token", ("token", "initializer", "vectors", "token_learning_rate")),
+}
 TOKEN_RATE = 0.01  # of the spread of CLIP's vectors: what Lion moves each number by in a step
 
 
@@ -152,6 +157,13 @@ def first_vectors(base: Base, settings: Any) -> Embedding:
         raise UserError(
             f"the initializer {settings.initializer!r} is {len(numbers)} tokens to CLIP: take a plain word that is one"
         )
+    places = base.text.config.max_position_embeddings - 2
+    taken = min(settings.vectors, places + 1)
+    if len(tokenize(base.tokenizer, composed(settings.prompt), {settings.token: range(taken)})) > places:
+        raise UserError(
+            f"the prompt {settings.prompt!r} with {settings.vectors} vectors for {settings.token} does not fit into "
+            f"the {places} tokens of the text encoder: fewer --vectors, or a shorter prompt"
+        )
     row = base.text.clip.embeddings.token_embedding.weight[numbers[0]].detach().float()
     start = Embedding(settings.token, nn.Parameter(row.repeat(settings.vectors, 1)))
     if is_known(base, start.token):
@@ -170,6 +182,12 @@ def check_settings(settings: AbsorberSettings) -> None:
         raise UserError(
             "crops and vectors must be at least 1, and crop_from and crop_to between 0 and 1 and in this order: got "
             f"{settings.crops}, {settings.vectors}, {settings.crop_from} and {settings.crop_to}"
+        )
+    other, its = UNUSED.get(settings.kind, ("", ()))
+    defaults = {field.name: field.default for field in fields(AbsorberSettings)}
+    if unused := [name for name in its if getattr(settings, name) != defaults[name]]:
+        raise UserError(
+            f"--kind {settings.kind} learns no {other}: leave {' and '.join(unused)} out, or take --kind dual"
         )
     rate = settings.token_learning_rate
     if rate is not None and not 0 < rate <= 1:

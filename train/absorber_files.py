@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import Any
 
 from model import UserError
 from weights import lora_path, read_json, sha256, split_strength, split_token
-from weights.detect import FileKind, detect, refuse
-from weights.embeddings import KIND, TOKEN_FILE
+from weights.detect import TOKEN_FILE, FileKind, detect, refuse
+from weights.embeddings import KIND, embedding_path
 from weights.lora import FILE_NAME
 
 CHECKPOINTS = ("one-file checkpoint", "UNet", "diffusers folder")
@@ -55,7 +56,7 @@ def find_absorber(argument: str) -> Absorber:
         UserError: nothing there, an unfinished run, or a file that cannot absorb looks.
     """
     (name, token), strength = split_token(argument), 1.0
-    if token is None or detect(name).kind != KIND or re.fullmatch(r"[-+.\d]+", token):
+    if token is None or detect(embedding_path(name)).kind != KIND or re.fullmatch(r"[-+.\d]+", token):
         (name, strength), token = split_strength(argument), None
     path = Path(name)
     if not path.exists():
@@ -73,6 +74,8 @@ def _find_run(path: Path) -> Absorber | None:
     if not (path / "settings.json").is_file():
         return None
     kind = _table(path / "settings.json").get("kind")
+    if kind not in (None, "lora", "token", "dual"):
+        raise UserError(f"{path / 'settings.json'} is damaged: no absorber is of the kind {kind!r}")
     lora = path / FILE_NAME if kind != "token" else None
     embedding = path / TOKEN_FILE if kind in ("token", "dual") else None
     for file in (lora, embedding):
@@ -106,6 +109,8 @@ def find_absorbers(arguments: Sequence[str], videos: int) -> list[list[Absorber]
     else:
         raise UserError(f"{len(found)} absorbers for {videos} videos: give one for each, in the videos' order")
     for side in sides:
+        if twice := sorted(name for name, count in Counter(its.name for its in side).items() if count > 1):
+            raise UserError(f"{twice[0]} is given twice for one video: give a LoRA that shall do more a strength")
         checkpoints = [its.name for its in side if its.checkpoint is not None]
         if len(checkpoints) > 1:
             raise UserError(f"{' and '.join(checkpoints)} are both checkpoints, and there is one UNet: give one")
@@ -123,7 +128,10 @@ def warn_of_strangers(sides: Sequence[Sequence[Absorber]], videos: Sequence[Mapp
         runs = {its.name: its.run for its in side if its.run is not None}
         contents = {sha256(file) for file in files.values()} if runs else set()
         for name, run in runs.items():
-            if contents.isdisjoint(dict(_table(run / "inputs.json").get("contents", {})).values()):
+            learned_from = _table(run / "inputs.json").get("contents")
+            if not isinstance(learned_from, dict) or not all(isinstance(its, str) for its in learned_from.values()):
+                raise UserError(f"{run / 'inputs.json'} is damaged: it should say what the absorber was trained on")
+            if contents.isdisjoint(learned_from.values()):
                 warnings.warn(
                     f"{name} was trained on another clip: it may leave this one's looks to the motion LoRA",
                     stacklevel=3,

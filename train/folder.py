@@ -13,7 +13,8 @@ from torch import nn
 from model import UserError
 from train.states import add_row, cut_log, restore_state, save_state, states
 from weights import Base, read_json, save_lora, save_settings, sha256, write_json
-from weights.embeddings import TOKEN_FILE, Embedding, save_embedding
+from weights.detect import TOKEN_FILE
+from weights.embeddings import Embedding, save_embedding
 from weights.folders import UNFINISHED, check_folder, remove_leftovers
 from weights.lora import FILE_NAME
 

@@ -11,6 +11,8 @@ from weights.files import read_header, read_json
 from weights.kinds import FAMILY_OF_WIDTH, ROWS, Tensors
 from weights.peft_config import ADAPTER_FILES
 
+TOKEN_FILE = "embedding.safetensors"  # a learned word's, in the run folder of an absorber
+
 
 @dataclass(frozen=True)
 class FileKind:
@@ -144,6 +146,9 @@ def _detect_folder(path: Path) -> FileKind:
         return _kind(kind, "sd15", "v2" if config.get("use_motion_mid_block", True) else length, _note_of(kind))
     if kind:
         return _kind(kind, *_family_and_version(config), _note_of(kind))
+    if (path / TOKEN_FILE).is_file() and not (path / "lora.safetensors").is_file():
+        note = "This is a run folder of customttt with a learned word. It belongs in --absorbers or --embedding."
+        return FileKind("run folder", "sd15", "", note)
     if (path / "lora.safetensors").is_file() or (path / "settings.json").is_file():
         state = "finished" if (path / "lora.safetensors").is_file() else "unfinished: start it again and it goes on"
         return FileKind("run folder", "sd15", "", f"This is a run folder of customttt ({state}). It belongs in --lora.")

@@ -11,13 +11,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model import UserError
-from weights.detect import detect, refuse
+from weights.detect import TOKEN_FILE, detect, refuse
 from weights.files import Header, atomic_write, read_checkpoint, read_header
 from weights.load import Base
 from weights.tokenizer import contains
 
 KIND = "textual inversion"  # what `detect` calls such files
-TOKEN_FILE = "embedding.safetensors"  # in run folders: a learned token's, beside the LoRA or alone
 BARE = "tensor"  # what `read_checkpoint` calls a tensor that is all of a file
 A1111 = "string_to_param."
 NAMELESS = ("*", "emb_params", "clip_l", "clip_g")  # names of entries that do not say the token
@@ -53,6 +52,10 @@ def read_embedding(path: str | Path, token: str | None = None) -> Embedding:
         UserError: no such file, a file of another kind, for another model, or damaged, or without a token.
     """
     path = embedding_path(path)
+    if path.is_dir():
+        raise UserError(
+            f"{path} is a folder without a learned word ({TOKEN_FILE}): give a run's that has one, or a file"
+        )
     if not path.is_file():
         raise UserError(f"{path} is no file: a textual-inversion file was expected (its token is :TOKEN behind it)")
     found, header = detect(path), read_header(path)

@@ -103,7 +103,7 @@ def unlearned(tokenizer: CLIPTokenizer, prompt: str, learned: Iterable[str]) -> 
     """The words in angle brackets, as people write learned tokens, that neither CLIP nor `learned` knows."""
     for token in learned:
         prompt = without(prompt, token)
-    found = re.findall(r"<[^<>]+>", prompt)
+    found = dict.fromkeys(re.findall(r"<[^<>]+>", prompt))
     return [word for word in found if len(tokenizer(word, add_special_tokens=False)["input_ids"]) > 1]
 
 

@@ -165,6 +165,8 @@ def test_the_settings_are_kept_and_serve_again(base, material, tmp_path):
         ({"noise_prior": 0.0}, "customttt generate"),
         ({"noise_prior": 0.5, "strength": 0.5}, "one of the two"),
         ({"seed": [1, 2]}, "several seeds give the same clip"),
+        ({"seed": [1, 2], "strength": 0.0, "eta": 0.5}, "several seeds give the same clip"),
+        ({"invert_with_lora": True}, "and there is none: give --lora too"),
         ({"prompt": []}, "at least one prompt"),
         ({"lora": ["nowhere"]}, "nowhere"),
     ],
@@ -181,6 +183,7 @@ def test_what_does_not_fit_the_video_or_the_base_is_explained_and_nothing_is_wri
         ({"num_frames": 9}, "too short: it has 5 frames"),
         ({"height": 100}, "104"),
         ({"steps": 0}, "1 to 1000"),
+        ({"steps": 4, "strength": 0.1}, "strength 0.1 of 4 steps is not one step.* give 0.25 or more, or 0"),
         ({"fps": 8.0, "frame_step": 2}, "contradict"),
     ]
     for changes, message in wrong:
@@ -211,3 +214,11 @@ def test_a_lora_that_does_not_load_is_told_before_the_inversion(base, material, 
     monkeypatch.setattr(sampling.edit, "ddim_invert", lambda *arguments, **options: 1 / 0)
     with pytest.raises(UserError, match=r"wrong\.safetensors"):
         edit_files(settings(material, tmp_path, lora=[str(wrong)]), base)
+
+
+def test_what_has_no_effect_is_said(base, material, tmp_path):
+    with pytest.warns(UserWarning, match="seed 7 has no effect: nothing is random here"):
+        edit_files(settings(material, tmp_path, seed=[7]), base)
+    lora = write_loras(base, tmp_path, 0.3)["motion"]
+    with pytest.warns(UserWarning, match="has no effect: none of the 0 steps begins in its range"):
+        edit_files(settings(material, tmp_path, strength=0.0, lora=[lora]), base)

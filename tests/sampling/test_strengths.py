@@ -83,6 +83,13 @@ def test_two_motions_take_turns_and_one_motion_takes_two_strengths(base, loras, 
     assert torch.equal(strengths, by_hand(base, noise(base), 5, lambda step: {first: 1.0 if step < 2 else 0.4}))
 
 
+def test_the_same_twice_is_refused_and_leaves_nothing(base, loras):
+    twice = [loras["motion"]] * 2
+    with pytest.raises(UserError, match="is given twice: for more of it, raise"), loaded_loras(base, twice):
+        pass
+    assert adapter_names(base.unet) == []
+
+
 def test_strengths_by_layer_equal_adapters_that_are_zero_elsewhere(base, both):
     found = sampled(base, [f"{both}#appearance:2=0.5,6=-1", f"{both}#motion:5=0.7"])
     timed = sampled(base, [f"{both}#motion:5=0.7@0.4-1"])

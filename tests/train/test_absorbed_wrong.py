@@ -1,5 +1,7 @@
 """Absorbers that do not fit: refused before the long work, or warned about."""
 
+import json
+import shutil
 import warnings
 
 import pytest
@@ -35,7 +37,7 @@ def test_an_absorber_of_another_clip_is_warned_about(base, material, tmp_path, l
         warnings.simplefilter("error")
         run(base, material, tmp_path / "b", [looks / "0"], video=str(moved))
         train_appearance(appearance(material, tmp_path / "photos", steps=1), base)
-        run(base, material, tmp_path / "c", [tmp_path / "photos"])
+        run(base, material, tmp_path / "c", [tmp_path / "photos"], prompt="a dog runs")
     with pytest.warns(UserWarning, match="1 was trained on another clip"):
         run(base, material, tmp_path / "d", [looks / "0", looks / "1"], more_videos=[str(frames)])
 
@@ -82,6 +84,23 @@ WRONG = {
 }
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("inputs.json", {"contents": [1, 2]}, "inputs.json is damaged: it should say what the absorber was trained on"),
+        ("inputs.json", {"contents": {"a": [1]}}, "inputs.json is damaged"),
+        ("inputs.json", {}, "inputs.json is damaged"),
+        ("settings.json", {"kind": ["x"]}, r"settings.json is damaged: no absorber is of the kind \['x'\]"),
+    ],
+)
+def test_a_damaged_run_folder_is_told_from_an_absorber(base, material, tmp_path, looks, file, content, says):
+    shutil.copytree(looks / "0", tmp_path / "looks")
+    (tmp_path / "looks" / file).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=says):
+        run(base, material, tmp_path / "run", [tmp_path / "looks"])
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_a_wrong_absorber_is_refused(base, material, tmp_path, monkeypatch, case):
     made, changes, says = WRONG[case]
@@ -101,6 +120,8 @@ def test_absorbers_that_do_not_go_together_are_refused(base, files, material, tm
         ([ours, looks / "1"], {}, "the token '<look>' is given twice"),
         ([files.folder, files.folder / "unet"], {}, "are both checkpoints, and there is one UNet"),
         ([lora + ":<look>"], {}, "'<look>' is not a finite number"),
+        ([lora, lora], {}, "lora.safetensors is given twice for one video"),
+        ([f"{ours}:<other>"], {}, "token <other> is not in the prompt"),
         ([ours], {"more_videos": [str(material / "clip.mp4")] * 2}, "1 absorbers for 3 videos: give one for each"),
         ([ours] * 2, {"more_videos": [str(material / "clip.mp4")], "more_prompts": ["a dog"]}, "in the prompt 'a dog'"),
     ):

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from lora import adapter_names
 from model import UserError
 from sampling import derived_seed, encode
 from train.absorber import random_crops, train_absorber, with_defaults
-from weights import learned_tokens, load_base, read_embedding, read_lora_header
+from weights import learned_tokens, load_base, lora_path, read_embedding, read_lora_header
+from weights.inspect import describe
 
 KINDS = {"lora": ["lora.safetensors"], "token": ["embedding.safetensors"]}
 KINDS["dual"] = [*KINDS["token"], *KINDS["lora"]]
@@ -227,6 +229,8 @@ def test_it_trains_without_motion_modules_and_gives_the_same(files, material, tm
         ({"initializer": None}, "give --initializer, a plain word"),
         ({"initializer": "red dog"}, "the initializer 'red dog' is 2 tokens to CLIP"),
         ({"initializer": " "}, "the initializer ' ' is 0 tokens"),
+        ({"vectors": 74}, r"'a <look> dog' with 74 vectors for <look> does not fit into the 75 tokens"),
+        ({"vectors": 10**9}, "fewer --vectors"),
         ({"vectors": 0}, "crops and vectors must be at least 1"),
         ({"crops": 0}, "crops and vectors must be at least 1"),
         ({"crop_from": 0.0}, "crop_from and crop_to between 0 and 1"),
@@ -256,3 +260,33 @@ def test_bad_settings_are_refused_and_leave_nothing(base, material, tmp_path, mo
     assert not (tmp_path / "run").exists()
     assert base.learned == {}
     assert adapter_names(base.unet) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "says"),
+    [
+        ("token", {"rank": 4, "layers": [2]}, "--kind token learns no LoRA: leave rank and layers out"),
+        ("token", {"learning_rate": 1e-4}, "leave learning_rate out, or take --kind dual"),
+        ("lora", {"vectors": 2}, "--kind lora learns no token: leave vectors out"),
+        ("lora", {"initializer": "dog", "token": "<it>"}, "leave token and initializer out"),
+    ],
+)
+def test_flags_of_what_is_not_learned_are_refused(base, material, tmp_path, kind, changes, says):
+    with pytest.raises(UserError, match=says):
+        train_absorber(replace(absorber(material, tmp_path / "run", kind=kind), **changes), base)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_just_short_enough_for_the_text_encoder_is_learned(base, material, tmp_path):
+    run = train_absorber(absorber(material, tmp_path / "run", kind="token", vectors=73, steps=1), base)
+    assert read_embedding(run).vectors.shape == (73, 128)
+
+
+def test_a_folder_with_a_learned_word_alone_is_sent_where_it_belongs(base, material, tmp_path):
+    run = train_absorber(absorber(material, tmp_path / "run", kind="token", steps=1), base)
+    assert "It belongs in --absorbers or --embedding" in describe(run)
+    with pytest.raises(UserError, match="it learned a word alone, which belongs in --embedding"):
+        lora_path(run)
+    looks = train_absorber(absorber(material, tmp_path / "looks", kind="lora", steps=1), base)
+    with pytest.raises(UserError, match="looks is a folder without a learned word"):
+        read_embedding(looks)

@@ -57,6 +57,7 @@ def pipeline(theirs, monkeypatch):
     return theirs
 
 
+@pytest.mark.filterwarnings("ignore:nothing was learned")
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("form", ["learned_embeds.bin", "learned_embeds.safetensors", "cat.pt"])
 def test_prompts_are_embedded_as_in_diffusers(tiny, pipeline, tmp_path, form, n):

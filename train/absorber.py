@@ -4,6 +4,7 @@ python -m train.absorber --base sd15.safetensors --motion_module v3_sd15_mm.ckpt
     --prompt "a <look> man" --initializer man --out runs/jogging-looks
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -87,6 +88,7 @@ def train_absorber(settings: AbsorberSettings, base: Base | None = None) -> Path
     Raises:
         UserError: bad settings or files, an --out of another run, or a loss that is not finite.
     """
+    warn_of_unused(settings)
     check_settings(settings)
     folder, inputs = RunFolder(settings.out, RESULTS[settings.kind]), clip_files(settings.video)
     settings = with_source(settings, base)
@@ -176,18 +178,21 @@ def first_vectors(base: Base, settings: Any) -> Embedding:
     return start
 
 
+def warn_of_unused(settings: AbsorberSettings) -> None:
+    """Say which settings are of what the kind does not learn: no refusal, since a run's settings.json has them all."""
+    other, its = UNUSED.get(settings.kind, ("", ()))
+    defaults = {field.name: field.default for field in fields(AbsorberSettings)}
+    if unused := [name for name in its if getattr(settings, name) != defaults[name]]:
+        names = " and ".join(unused)
+        warnings.warn(f"--kind {settings.kind} learns no {other}: no effect of {names}", stacklevel=3)
+
+
 def check_settings(settings: AbsorberSettings) -> None:
     """Raises UserError for numbers out of range, and for a token without a place or a start, or that is not learned."""
     if settings.crops < 1 or settings.vectors < 1 or not 0 < settings.crop_from <= settings.crop_to <= 1:
         raise UserError(
             "crops and vectors must be at least 1, and crop_from and crop_to between 0 and 1 and in this order: got "
             f"{settings.crops}, {settings.vectors}, {settings.crop_from} and {settings.crop_to}"
-        )
-    other, its = UNUSED.get(settings.kind, ("", ()))
-    defaults = {field.name: field.default for field in fields(AbsorberSettings)}
-    if unused := [name for name in its if getattr(settings, name) != defaults[name]]:
-        raise UserError(
-            f"--kind {settings.kind} learns no {other}: leave {' and '.join(unused)} out, or take --kind dual"
         )
     rate = settings.token_learning_rate
     if rate is not None and not 0 < rate <= 1:

@@ -194,9 +194,7 @@ def clip_files(settings: GenerateSettings) -> list[tuple[str, int, Path]]:
 
 
 def numbered(prompts: Sequence[str], seeds: Sequence[int], out: str) -> list[tuple[str, int, Path]]:
-    """A clip for each prompt with each seed: both, and its file, which has numbers behind the name of `out` where there
-    are several.
-    """
+    """A clip for each prompt with each seed: both, and its file; of several, with numbers behind the name of `out`."""
     path = Path(out)
     if len(prompts) * len(seeds) == 1:
         return [(prompts[0], seeds[0], path)]

@@ -146,7 +146,7 @@ def _detect_folder(path: Path) -> FileKind:
         return _kind(kind, "sd15", "v2" if config.get("use_motion_mid_block", True) else length, _note_of(kind))
     if kind:
         return _kind(kind, *_family_and_version(config), _note_of(kind))
-    if (path / TOKEN_FILE).is_file() and not (path / "lora.safetensors").is_file():
+    if has_word_alone(path):
         note = "This is a run folder of customttt with a learned word. It belongs in --absorbers or --embedding."
         return FileKind("run folder", "sd15", "", note)
     if (path / "lora.safetensors").is_file() or (path / "settings.json").is_file():
@@ -163,6 +163,11 @@ def _detect_folder(path: Path) -> FileKind:
         return FileKind("image folder", note=note)
     note = "This is a folder in which nothing says what it is: it has neither a model_index.json nor a config.json."
     return FileKind("folder", note=note)
+
+
+def has_word_alone(folder: Path) -> bool:
+    """Whether an absorber's run in a folder learned a word and no LoRA, and is finished (dual ones write it first)."""
+    return (folder / TOKEN_FILE).is_file() and _table(folder / "settings.json").get("kind") == "token"
 
 
 def _detect_pipeline(path: Path) -> FileKind:

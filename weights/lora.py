@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lora import AdapterSpec, adapter_modules, adapter_names, adapter_spec, add_adapter, place_adapter, remove_adapter
 from model import UNet3D, UserError
-from weights.detect import LORA_FILES, TOKEN_FILE, detect, refuse
+from weights.detect import LORA_FILES, detect, has_word_alone, refuse
 from weights.files import atomic_write, read_checkpoint, read_header
 from weights.foreign import read_foreign_lora
 from weights.keymaps import UNET_DIFFUSERS
@@ -104,7 +104,7 @@ def lora_path(path: str | Path) -> Path:
         return path
     found = next((path / name for name in (FILE_NAME, *LORA_FILES) if (path / name).is_file()), None)
     if found is None:
-        if (path / TOKEN_FILE).is_file():
+        if has_word_alone(path):
             raise UserError(f"{path} has no {FILE_NAME}: it learned a word alone, which belongs in --embedding")
         unfinished = (path / "settings.json").is_file()
         why = "the run in it is not finished: start it again and it goes on" if unfinished else "it is no run folder"

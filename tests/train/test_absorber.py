@@ -292,6 +292,11 @@ def test_a_folder_with_a_learned_word_alone_is_sent_where_it_belongs(base, mater
     assert "It belongs in --absorbers or --embedding" in describe(run)
     with pytest.raises(UserError, match="it learned a word alone, which belongs in --embedding"):
         lora_path(run)
+    both = train_absorber(absorber(material, tmp_path / "both", kind="dual", steps=1), base)
+    (both / "lora.safetensors").unlink()  # as a kill between its two files leaves it
+    assert "unfinished: start it again" in describe(both)
+    with pytest.raises(UserError, match="the run in it is not finished"):
+        lora_path(both)
     looks = train_absorber(absorber(material, tmp_path / "looks", kind="lora", steps=1), base)
     with pytest.raises(UserError, match="looks is a folder without a learned word"):
         read_embedding(looks)
